@@ -1,0 +1,1 @@
+"""The kernels, behind one registry. Every module of this folder that defines kernels registers them on import."""
