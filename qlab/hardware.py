@@ -9,7 +9,7 @@ Sources: Khattak and Mikaitis, arXiv 2512.07004; MMA-Sim, arXiv 2511.10909. SM c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlab.errors import QlabError
 
@@ -73,18 +73,24 @@ def gpu(key: str) -> Gpu:
 
 
 def detect() -> Gpu | None:
-    """The GPU of this machine, or None without one. An unlisted model takes its SM count and step from the driver."""
+    """The GPU of this machine, or None without one that has tensor cores.
+
+    A variant under another name (NVL, 40 GB, GH200) with a listed model's capability and SM count takes that model's key,
+    since it computes the same bits, and an unknown bandwidth. Any other model takes its SM count from the driver.
+    """
     import torch
 
     if not torch.cuda.is_available():
         return None
     p = torch.cuda.get_device_properties(torch.cuda.current_device())
     capability = (p.major, p.minor)
+    if capability < (7, 0):
+        return None
     for g in GPUS:
         if g.name == p.name and g.sms == p.multi_processor_count:
             return g
-    for g in GPUS:  # an SXM or PCIe variant under another name computes the same bits
+    for g in GPUS:
         if g.capability == capability and g.sms == p.multi_processor_count:
-            return g
-    step = VOLTA if p.major == 7 and p.minor == 0 else AMPERE if p.major < 9 else HOPPER
+            return replace(g, name=p.name, bandwidth=float("nan"))
+    step = VOLTA if capability < (7, 5) else AMPERE if p.major < 9 else HOPPER
     return Gpu(p.name.lower().replace(" ", "-"), p.name, p.multi_processor_count, capability, step, float("nan"))

@@ -49,14 +49,21 @@ class Int4Weight:
             raise WeightError(f"{where}zeros must be uint8 {list(self.scales.shape)}, not {_kind(self.zeros)}")
         if self.group_index.dtype != torch.int32 or self.group_index.shape != (k,):
             raise WeightError(f"{where}group_index must be int32 [{k}], not {_kind(self.group_index)}")
-        if k == 0 or n == 0 or k % self.groups:
-            raise WeightError(f"{where}K={k} must be a positive multiple of its {self.groups} groups")
+        if k == 0 or n == 0 or self.groups == 0:
+            raise WeightError(f"{where}K={k}, N={n} and its {self.groups} groups must all be positive")
+        if k % self.groups:
+            raise WeightError(f"{where}K={k} must be a multiple of its {self.groups} groups")
+        parts = (self.codes, self.zeros, self.scales, self.group_index, self.input_scale)
+        devices = sorted({str(p.device) for p in parts if p is not None})
+        if len(devices) > 1:
+            raise WeightError(f"{where}all parts must lie on one device, not on {' and '.join(devices)}")
         if self.input_scale is not None:
             s = self.input_scale
             if s.dtype != torch.float32 or s.shape != (k,):
                 raise WeightError(f"{where}input_scale must be float32 [{k}], not {_kind(s)}")
-            if not bool((torch.isfinite(s) & (s > 0)).all()):
-                raise WeightError(f"{where}input_scale must be finite and positive; row {_first(~(s > 0))} is not")
+            bad = ~(torch.isfinite(s) & (s > 0))
+            if bool(bad.any()):
+                raise WeightError(f"{where}input_scale must be finite and positive; row {_first(bad)} is not")
         if bool((self.codes > 15).any()):
             raise WeightError(f"{where}codes must be 0 to 15; (k, n) = {_first(self.codes > 15)} is not")
         if bool((self.zeros > 16).any()):
@@ -123,7 +130,7 @@ class Int4Weight:
         """``RN(x / s)``, the input that an AWQ layer expects: divided in float64, rounded once to x's dtype [M, K]."""
         if self.input_scale is None:
             return x
-        return (x.double() / self.input_scale.double()).to(x.dtype)
+        return round_once(x.double() / self.input_scale.double(), x.dtype)
 
     def to(self, device: torch.device | str) -> Int4Weight:
         s = self.input_scale
@@ -198,6 +205,21 @@ def fuse(shards: Sequence[Int4Weight], name: str = "") -> Int4Weight:
 def sequential_groups(k: int, group_size: int, device: torch.device | str = "cpu") -> Tensor:
     """The group index without act-order: int32 [k], ``row // group_size``."""
     return torch.arange(k, dtype=torch.int32, device=device) // group_size
+
+
+def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float64 ``x`` rounded once to nearest even to ``dtype``.
+
+    ``x.to(torch.float16)`` rounds twice, to float32 and then to fp16, and misses the nearest value when the first rounding
+    lands on a tie of the second. Rounding to odd on the way to float32 keeps what the tie needs to know.
+    """
+    if dtype not in ACTIVATION_DTYPES:
+        return x.to(dtype)
+    narrow = x.to(torch.float32)
+    bits = narrow.view(torch.int32)
+    toward_zero = torch.where(narrow.double().abs() > x.abs(), bits - 1, bits)
+    odd = (toward_zero | 1).view(torch.float32)
+    return torch.where(narrow.double() == x, narrow, odd).to(dtype)
 
 
 def tensor_bytes(t: Tensor) -> bytes:
