@@ -1,0 +1,157 @@
+"""AWQ INT4 GEMM: ``y = x @ w`` with ``w[k, n] = RN((q[k, n] - z[g, n]) * s[g, n])``, ``g = k // group``.
+
+Storage (AutoAWQ's gemm order):
+    x        [M, K] fp16 or bf16, rows of consecutive elements, any row stride
+    qweight  int32 [K, N/8]: column n lies in int32 n // 8, bits 4p to 4p+3 with p = [0, 4, 1, 5, 2, 6, 3, 7][n % 8]
+    qzeros   int32 [G, N/8], the same order; the true zero point, 0 to 15
+    scales   [G, N] in x's dtype
+    y        [M, N] in x's dtype
+The position is p = (n % 8) // 2 + 4 * (n % 2), so the shift is arithmetic on the column and no shuffle is needed.
+
+Arithmetic: q - z is an exact integer, the product with s is rounded once to x's dtype. Products are added in fp32 by
+``tl.dot``: BLOCK_K rows a step, k ascending, one accumulator per output; on a GPU that is one chain of tensor-core steps of
+16 k each, in Triton's interpreter numpy's dot of each BLOCK_K followed by one fp32 addition. The sum is rounded once to y.
+
+Split-K: slice s takes the contiguous rows [s * SPAN, (s + 1) * SPAN), SPAN a multiple of BLOCK_K, and writes its fp32 sum
+to a workspace [S, M, N]; ``join_partials`` adds s = 0, 1, 2, ... in fp32 and rounds once. No atomics, so both repeat.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from qlab.triton_kernels import launch
+from qlab.triton_kernels.join_partials import join_partials
+from qlab.triton_kernels.spec import Spec, Variant
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["M", "K", "GROUP", "SPAN"])
+def awq_gemm_kernel(
+    p_x,
+    p_qweight,
+    p_qzeros,
+    p_scales,
+    p_out,
+    M,
+    N,
+    K,
+    GROUP,
+    SPAN,
+    STRIDE_X,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    i_m, i_n, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_m = (i_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)  # [BM]
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+    o_word = i_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)  # [BN/8]
+    o_column = tl.arange(0, 8)
+    shift = 4 * (o_column // 2 + 4 * (o_column % 2))  # [8]
+    m_m, m_n, m_word = o_m < M, o_n < N, o_word < N // 8
+
+    acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
+    k_end = tl.minimum(K, (i_s + 1) * SPAN)
+    for k in range(i_s * SPAN, k_end, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)  # [BK]
+        m_k = o_k < K
+        b_x = tl.load(p_x + o_m[:, None] * STRIDE_X + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)  # [BM, BK]
+        p_words = p_qweight + o_k[:, None].to(tl.int64) * (N // 8) + o_word[None, :]
+        words = tl.load(p_words, mask=m_k[:, None] & m_word[None, :], other=0)  # [BK, BN/8]
+        q = tl.reshape((words[:, :, None] >> shift[None, None, :]) & 15, [BLOCK_K, BLOCK_N])
+
+        g = k // GROUP
+        words = tl.load(p_qzeros + g * (N // 8) + o_word, mask=m_word, other=0)  # [BN/8]
+        z = tl.reshape((words[:, None] >> shift[None, :]) & 15, [BLOCK_N])
+        s = tl.load(p_scales + g * N + o_n, mask=m_n, other=0.0)  # [BN]
+
+        b_w = (q - z[None, :]).to(s.dtype) * s[None, :]  # [BK, BN]
+        if not EVEN_K:  # a row past K decodes to -z * s, which may be infinite: x's zero would not silence it
+            b_w = tl.where(m_k[:, None], b_w, 0.0)
+        acc = tl.dot(b_x, b_w, acc)
+
+    p_y = p_out + i_s.to(tl.int64) * M * N + o_m[:, None] * N + o_n[None, :]
+    tl.store(p_y, acc.to(p_out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+
+
+def awq_gemm(
+    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, *, split_k: int = 1, out: Tensor | None = None
+) -> Tensor:
+    """y [M, N] in x's dtype for x [M, K]; shapes as above. ``split_k`` 1 is the sequential order.
+
+    More slices than K has steps of BLOCK_K are reduced to as many as can be full. Raises UnsupportedError for any other
+    shape, dtype, device or stride.
+    """
+    launch.check_scales(scales)
+    launch.check_device(scales, awq_gemm_kernel)
+    (groups, n), k, device = scales.shape, qweight.shape[0], scales.device
+    launch.check_tensor("qweight", qweight, torch.int32, (k, n // 8), device)
+    launch.check_tensor("qzeros", qzeros, torch.int32, (groups, n // 8), device)
+    launch.check_tensor("scales", scales, scales.dtype, (groups, n), device)
+    launch.check_x(x, k, scales.dtype, device)
+    block_k = launch.block_k(k, groups)
+    m = x.shape[0]
+    out = launch.output(out, (m, n), x.dtype, device)
+    if m == 0:
+        return out
+    count, span = launch.slices(k, split_k, block_k)
+    target = out if count == 1 else torch.empty((count, m, n), dtype=torch.float32, device=device)
+    block_m, block_n = launch.tile(m, n, awq_gemm_kernel)
+    grid = (triton.cdiv(m, block_m), triton.cdiv(n, block_n), count)
+    awq_gemm_kernel[grid](
+        x,
+        qweight,
+        qzeros,
+        scales,
+        target,
+        m,
+        n,
+        k,
+        k // groups,
+        span,
+        x.stride(0),
+        EVEN_K=k % block_k == 0,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        **launch.OPTIONS,
+    )
+    return out if count == 1 else join_partials(target, out)
+
+
+def _variants() -> tuple[Variant, ...]:
+    integers = dict.fromkeys(("M", "N", "K", "GROUP", "SPAN", "STRIDE_X"), "i32")
+    weight = ("p_qweight", "p_qzeros", "p_scales", "p_out")
+    return tuple(
+        Variant(
+            f"{dtype} to {out}, m{block_m} k{block_k}{'' if even else ' tail'}, {label}",
+            {
+                "p_x": f"*{dtype}",
+                "p_qweight": "*i32",
+                "p_qzeros": "*i32",
+                "p_scales": f"*{dtype}",
+                "p_out": f"*{out}",
+                **integers,
+            },
+            {"EVEN_K": even, "BLOCK_M": block_m, "BLOCK_N": launch.BLOCK_N, "BLOCK_K": block_k},
+            aligned,
+            launch.OPTIONS,
+        )
+        for dtype in launch.DTYPES.values()
+        for out in (dtype, "fp32")
+        for block_m in launch.BLOCK_M_SIZES
+        for block_k, even in (*((size, True) for size in launch.BLOCK_K_SIZES), (128, False))
+        for label, aligned in (("aligned", ("p_x", *weight, "N", "STRIDE_X")), ("ragged", weight))
+    )
+
+
+SPEC = Spec(
+    name="awq_gemm",
+    kernel=awq_gemm_kernel,
+    layout="awq",
+    arithmetic="w = RN((q - z) * s); fp32, k ascending; split-K joined in fp32, s ascending; rounded once",
+    variants=_variants(),
+)

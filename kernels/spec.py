@@ -1,0 +1,34 @@
+"""What a kernel file says about itself, as data: enough to compile every specialisation it launches, without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of a ``@triton.jit`` kernel: the types and constants that its launcher can pass."""
+
+    label: str
+    signature: Mapping[str, str]
+    """Run-time arguments in order, by Triton's type names: ``*fp16``, ``*i32``, ``i32``."""
+    constants: Mapping[str, int]
+    aligned: tuple[str, ...]
+    """Arguments known to be multiples of 16 (bytes for a pointer)."""
+    options: Mapping[str, int]
+    """Compiler options, as the launcher passes them."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A kernel, the storage it reads and the arithmetic it promises."""
+
+    name: str
+    kernel: Any
+    layout: str
+    """Module of qlab.packing that writes its storage, or ``none``."""
+    arithmetic: str
+    """One line: rounding of the weights, order and type of the sums."""
+    variants: tuple[Variant, ...]
