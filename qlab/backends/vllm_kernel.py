@@ -1,0 +1,77 @@
+"""What vLLM's kernels share: when they can run, which build they are."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qlab.backends.registry import YES, Kernel, Packed, Problem, Support
+from qlab.backends.vllm_extension import Missing, extension
+from qlab.errors import PackingError
+from qlab.weights import Int4Weight
+
+
+class VllmKernel(Kernel):
+    """A kernel of vLLM's compiled extension; it packs and runs on a CUDA GPU only."""
+
+    @abstractmethod
+    def refusal(self, problem: Problem, capability: tuple[int, int]) -> str:
+        """Why the operator cannot run ``problem`` on a GPU of that compute capability; empty when it can."""
+
+    @abstractmethod
+    def tensors(self, weight: Int4Weight) -> Mapping[str, Tensor]:
+        """The operator's tensors for a weight on a GPU that it does not refuse."""
+
+    def supports(self, problem: Problem, device: torch.device) -> Support:
+        if device.type != "cuda":
+            return Support(False, "needs a CUDA GPU")
+        reason = self.refusal(problem, torch.cuda.get_device_capability(device)) or self.missing()
+        return Support(False, reason) if reason else YES
+
+    def pack(self, weight: Int4Weight) -> Packed:
+        problem = Problem.of(weight, 0)
+        support = self.supports(problem, weight.device)
+        if not support.ok:
+            where = f"weight {weight.name!r}: " if weight.name else ""
+            raise PackingError(f"{where}{self.name} cannot hold it: {support.reason}")
+        return Packed(self.tensors(weight), problem)
+
+    def missing(self) -> str:
+        """Why this kernel's code is not here; empty when it is."""
+        found = extension()
+        return found.reason if isinstance(found, Missing) else ""
+
+    def version(self) -> str:
+        found = extension()
+        return "" if isinstance(found, Missing) else str(found)
+
+
+def first(*reasons: str) -> str:
+    """The first reason that is not empty."""
+    return next((r for r in reasons if r), "")
+
+
+def needs(holds: bool, reason: str) -> str:
+    """``reason`` unless the condition holds."""
+    return "" if holds else reason
+
+
+def awq_range(problem: Problem) -> str:
+    """Why AWQ's storage cannot hold a problem: it has 4-bit zero points and no group index."""
+    return first(
+        needs(not problem.act_order, "AWQ has no group index, so no act-order"),
+        needs(problem.zero_max <= 15, "AWQ holds zero points 0 to 15, not 16"),
+    )
+
+
+def empty_index(device: torch.device) -> Tensor:
+    """The empty int32 tensor by which vLLM says: no act-order, or no zero points."""
+    return torch.empty(0, dtype=torch.int32, device=device)
+
+
+def sort_groups(group_index: Tensor) -> Tensor:
+    """int32 [K], the order of rows that brings groups together: the same unstable sort that vLLM calls."""
+    return torch.argsort(group_index).to(torch.int32)
