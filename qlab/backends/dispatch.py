@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from qlab.backends import vllm_machete, vllm_marlin
-from qlab.backends.registry import Problem
+from qlab.backends.registry import Problem, kernel
+from qlab.backends.vllm_kernel import VllmKernel
 from qlab.errors import QlabError
 from qlab.hardware import Gpu
 
@@ -46,6 +47,13 @@ def dispatch(label: str, gpu: Gpu, problem: Problem, *, pin_marlin: bool = False
     """
     if label not in LABELS:
         raise QlabError(f"unknown label {label!r}; vLLM's INT4 labels are {', '.join(LABELS)}")
+    found = _dispatch(label, gpu, problem, pin_marlin)
+    chosen = kernel(found.kernel) if found.kernel else None
+    refusal = chosen.refusal(problem, gpu.capability) if isinstance(chosen, VllmKernel) else ""
+    return Dispatch(label, "", f"vLLM takes {found.kernel.removeprefix('vllm.')}, which fails: {refusal}") if refusal else found
+
+
+def _dispatch(label: str, gpu: Gpu, problem: Problem, pin_marlin: bool) -> Dispatch:
     if problem.dtype == torch.bfloat16 and gpu.capability < (8, 0):
         return Dispatch(label, "", f"vLLM runs bf16 from compute capability 8.0 on; {gpu.name} has {_dotted(gpu)}")
     if label.startswith("awq"):
