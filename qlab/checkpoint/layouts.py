@@ -115,11 +115,12 @@ def load(
         cut = [_length(a, size._replace(N=n)) if a.startswith("N") else None for a in axes] + [None]
         whole = n == size.N or len(axes) < 2
         got[part] = files.tensor(name) if whole else files.tensor(name, cut[0], cut[1])
-    for part in (_SCALES[config.method], _INDEX[config.method]):
-        if part in got:
-            name = f"{module}.{part}"
-            check_part = _scales if part == _SCALES[config.method] else _group_index
-            got[part] = check_part(f"{files[name]}: tensor {name!r}", got[part], size, dtype)
+    scales, index = _SCALES[config.method], _INDEX[config.method]
+    got[scales] = _scales(_place(files, f"{module}.{scales}"), got[scales], dtype)
+    if index == "weight_g_idx" and index in got and bool((got[index] == -1).all()):
+        del got[index]  # llm-compressor's way to say that this layer has no act-order
+    if index in got:
+        got[index] = _group_index(_place(files, f"{module}.{index}"), got[index], size)
     try:
         return _unpack(config.method, got, size._replace(N=n), module, version, input_scale)
     except QlabError as e:
@@ -168,7 +169,10 @@ def _unpack(
 
 def _eights(weight: Int4Weight) -> Tensor:
     """The packed zero point 8 of every group, for a symmetric layer in a checkpoint that has asymmetric ones."""
-    return torch.full((-(-weight.N // 8), weight.groups), 0x88888888 - 2**32, dtype=torch.int32)
+    packed = torch.full((-(-weight.N // 8), weight.groups), 0x88888888 - 2**32, dtype=torch.int32)
+    if weight.N % 8:
+        packed[-1] &= (1 << 4 * (weight.N % 8)) - 1  # filler nibbles are zero
+    return packed
 
 
 def _size(files: TensorFiles, module: str, config: QuantConfig) -> Size:
@@ -178,21 +182,26 @@ def _size(files: TensorFiles, module: str, config: QuantConfig) -> Size:
     if len(header.shape) != 2 or 0 in header.shape:
         raise CheckpointError(f"{files[name]}: tensor {name!r} must have two dimensions, not {header}; fetch the file again")
     found = {a[0]: n * (8 if a.endswith("/8") else 1) for a, n in zip(axes, header.shape, strict=True)}
+    shape = f"{module}.weight_shape"
+    if shape in files and part == "weight_packed" and files.header(shape).shape == (2,):
+        n, k = files.tensor(shape).tolist()  # K need not be a multiple of 8 here: the last int32 of a row may be part filler
+        if n != found["N"] or not found["K"] - 8 < k <= found["K"]:
+            raise CheckpointError(
+                f"{files[shape]}: tensor {shape!r} is {[n, k]}, but weight_packed holds {[found['N'], found['K']]}; "
+                "fetch the file again"
+            )
+        found["K"] = k
     groups = config.groups(found["K"])
     if not groups:
         raise CheckpointError(
             f"{files[name]}: tensor {name!r} has K={found['K']}, no multiple of group size {config.group_size}; "
             f"mend {config.source.name}"
         )
-    shape = f"{module}.weight_shape"
-    if shape in files and part == "weight_packed" and files.header(shape).shape == (2,):
-        declared = files.tensor(shape).tolist()
-        if declared != [found["N"], found["K"]]:
-            raise CheckpointError(
-                f"{files[shape]}: tensor {shape!r} is {declared}, but weight_packed holds {[found['N'], found['K']]}; "
-                "fetch the file again"
-            )
     return Size(found["K"], found["N"], groups)
+
+
+def _place(files: TensorFiles, name: str) -> str:
+    return f"{files[name]}: tensor {name!r}"
 
 
 def _length(axis: str, size: Size) -> int:
@@ -202,7 +211,7 @@ def _length(axis: str, size: Size) -> int:
     return -(-n // 8) if axis.endswith("/8") else n
 
 
-def _scales(what: str, scales: Tensor, size: Size, dtype: torch.dtype | None) -> Tensor:
+def _scales(what: str, scales: Tensor, dtype: torch.dtype | None) -> Tensor:
     _refuse(what, ~torch.isfinite(scales), "is not finite", "quantise the layer again")
     _refuse(what, scales == 0, "is zero", "quantise the layer again")
     if dtype is None and scales.dtype not in ACTIVATION_DTYPES:
@@ -214,7 +223,7 @@ def _scales(what: str, scales: Tensor, size: Size, dtype: torch.dtype | None) ->
     return rounded
 
 
-def _group_index(what: str, index: Tensor, size: Size, dtype: torch.dtype | None) -> Tensor:
+def _group_index(what: str, index: Tensor, size: Size) -> Tensor:
     _refuse(what, (index < 0) | (index >= size.G), f"is not in 0 to {size.G - 1}", "quantise the layer again")
     counts = torch.bincount(index.long(), minlength=size.G)
     uneven = counts[index.long()] != size.K // size.G

@@ -43,20 +43,24 @@ def fused(checkpoint: Checkpoint) -> Iterator[Int4Weight]:
 
     Raises CheckpointError when a shard is missing or the shards cannot be one layer (another group index, input scale).
     """
-    names = checkpoint.names()
-    known = set(names)
-    for whole in dict.fromkeys(fused_name(n) for n in names):
-        shards = shard_names(whole)
-        if whole in known:
-            shards = (whole,)
-        for shard in shards:
-            if shard not in known:
-                raise CheckpointError(
-                    f"{checkpoint.directory}: module {shard!r} is not quantised but others of {whole!r} are; "
-                    "quantise all or none of a fused layer"
-                )
-        weights = [checkpoint.weight(s) for s in shards]
-        try:
-            yield weights[0] if len(weights) == 1 else fuse(weights, whole)
-        except QlabError as e:
-            raise CheckpointError(f"{checkpoint.where(shards[-1])}: {e}; quantise the shards together") from None
+    for whole in dict.fromkeys(fused_name(n) for n in checkpoint.names()):
+        yield fused_weight(checkpoint, whole)
+
+
+def fused_weight(checkpoint: Checkpoint, name: str) -> Int4Weight:
+    """One linear by vLLM's name (``...self_attn.qkv_proj``); errors as for :func:`fused`."""
+    known = checkpoint.names()
+    shards = (name,) if name in known else shard_names(name)
+    for shard in shards:
+        if shard not in known:
+            raise CheckpointError(
+                f"{checkpoint.directory}: module {shard!r}, a part of {name!r}, is not quantised here; "
+                "quantise all or none of a fused layer"
+            )
+    weights = [checkpoint.weight(s) for s in shards]
+    if len(weights) == 1:
+        return weights[0]
+    try:
+        return fuse(weights, name)
+    except QlabError as e:
+        raise CheckpointError(f"{checkpoint.where(shards[-1])}: {e}; quantise the shards together") from None

@@ -50,6 +50,10 @@ class Checkpoint:
         """The quantised modules, in the order of the forward pass."""
         return self._names
 
+    def __contains__(self, tensor: str) -> bool:
+        """Whether some file holds a tensor of that full name."""
+        return tensor in self._files
+
     def weight(self, name: str) -> Int4Weight:
         """One quantised linear by its module name, with its AWQ input scale where the checkpoint carries one.
 

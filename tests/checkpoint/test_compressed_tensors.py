@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlab.checkpoint import read
+from qlab.checkpoint import read, write
+from qlab.inputs import random_weight
 
 KINDS = [
     {"symmetric": True},
@@ -42,6 +43,25 @@ def test_library_decompresses_to_the_same_values(make_model, tmp_path, kind):
     for module, w in model.weights.items():
         got = PackedQuantizationCompressor.decompress(module_tensors(directory / "model.safetensors", module), scheme)
         assert torch.equal(got["weight"].t(), w.dequantize(torch.float16)), module
+
+
+def test_sizes_that_fill_no_int32(tmp_path):
+    """K and N need not be multiples of 8 here; the filler is neither code nor zero point."""
+    odd = {f"model.layers.0.mlp.{r}_proj": random_weight(36, 12, 18, seed=i) for i, r in enumerate(("gate", "up"))}
+    symmetric = {"model.layers.0.mlp.down_proj": random_weight(36, 20, 18, symmetric=True)}
+    c = read(write(tmp_path / "m", "compressed-tensors", odd | symmetric, {}, {}))
+    assert all(w.equals((odd | symmetric)[n]) for n, w in c.weights.items())
+    assert "stored values 1 to 15" in c.zero_points.evidence
+
+
+def test_group_index_of_minus_one_means_none(make_model, tmp_path, edit):
+    model = make_model(act_order=True)
+    name = "model.layers.0.mlp.up_proj"
+    plain = make_model().weights[name]
+    model.weights[name] = plain
+    directory = model.write(tmp_path / "m", "compressed-tensors")
+    edit(directory / "model.safetensors", lambda t: t[f"{name}.weight_g_idx"].fill_(-1))
+    assert read(directory).weight(name).equals(plain)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(k) or "plain")
