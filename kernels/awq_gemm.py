@@ -143,7 +143,7 @@ def _variants() -> tuple[Variant, ...]:
         for dtype in launch.DTYPES.values()
         for out in (dtype, "fp32")
         for block_m in launch.BLOCK_M_SIZES
-        for block_k, even in (*((size, True) for size in launch.BLOCK_K_SIZES), (128, False))
+        for block_k, even in (*((size, True) for size in launch.BLOCK_K_SIZES), (64, False))
         for label, aligned in (("aligned", ("p_x", *weight, "N", "STRIDE_X")), ("ragged", weight))
     )
 

@@ -184,7 +184,7 @@ def _variants() -> tuple[Variant, ...]:
         for block_m in launch.BLOCK_M_SIZES
         for block_k, even, act_order in (
             *((size, True, act_order) for size in launch.BLOCK_K_SIZES for act_order in (False, True)),
-            (128, False, False),
+            (64, False, False),
         )
         for label, aligned in (("aligned", ("p_x", *weight, "N", "STRIDE_X")), ("ragged", weight))
     )

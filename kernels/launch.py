@@ -18,7 +18,7 @@ from qlab.errors import UnsupportedError
 OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
 BLOCK_M_SIZES = (16, 64)
 BLOCK_N = 64
-BLOCK_K_SIZES = (32, 64, 128)
+BLOCK_K_SIZES = (32, 64)
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -28,13 +28,14 @@ def interpreted(kernel: Any) -> bool:
 
 
 def block_k(k: int, groups: int) -> int:
-    """Rows of one step: the largest of 32, 64, 128 that divides the group, so that a step has one scale per column.
+    """Rows of one step: the larger of 32 and 64 that divides the group, so that a step has one scale per column.
 
-    128 for a whole column, whose tail is masked. Raises UnsupportedError for a group that is no multiple of 32.
+    64 for a whole column, whose tail is masked. (128 would spill registers.) Raises UnsupportedError for a group that is
+    neither a multiple of 32 nor the whole column.
     """
     group = k // groups
     if groups == 1:
-        return 128
+        return BLOCK_K_SIZES[-1]
     for size in reversed(BLOCK_K_SIZES):
         if group % size == 0:
             return size

@@ -1,0 +1,148 @@
+"""Compile every Triton kernel, in every specialisation that its launcher uses, for sm_80 and sm_90. Needs no GPU.
+
+    python tests/cross_compile.py [--verbose] [--arch 80 90] [--jobs N] [--spill-limit BYTES]
+
+Prints registers, shared memory and spilled bytes per kernel and architecture (per specialisation with ``--verbose``). Exits
+with status 1 when one does not compile, spills more than the limit, asks for more shared memory than a block can have, or
+gives the tensor cores k in another order than the kernel files promise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+SHARED_LIMIT = {80: 166912, 90: 232448}
+"""Largest dynamic shared memory of one block, in bytes (CUDA programming guide)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one compilation took; ``fault`` is empty when it is good."""
+
+    kernel: str
+    variant: str
+    arch: int
+    registers: int = 0
+    shared: int = 0
+    spills: int = 0
+    tensor_core: str = ""
+    fault: str = ""
+
+
+def specs() -> dict[str, object]:
+    """Every kernel file's ``SPEC`` by module name."""
+    package = importlib.import_module("qlab.triton_kernels")
+    modules = (importlib.import_module(f"qlab.triton_kernels.{m.name}") for m in pkgutil.iter_modules(package.__path__))
+    return {m.__name__.rpartition(".")[2]: m.SPEC for m in modules if hasattr(m, "SPEC")}
+
+
+def compile_one(module: str, index: int, arch: int, spill_limit: int) -> Row:
+    """Compile variant ``index`` of a kernel file for ``sm_<arch>`` and read what it takes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    spec = specs()[module]
+    variant = spec.variants[index]
+    names = spec.kernel.arg_names
+    source = ASTSource(
+        spec.kernel,
+        {name: variant.signature.get(name, "constexpr") for name in names},
+        dict(variant.constants),
+        {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
+    )
+    try:
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(variant.options))
+    except Exception as e:  # whatever the compiler raises is the finding
+        return Row(spec.name, variant.label, arch, fault=f"does not compile: {type(e).__name__}: {str(e).splitlines()[-1:]}")
+    registers, spills = resource_usage(built.asm["cubin"])
+    row = Row(spec.name, variant.label, arch, registers, built.metadata.shared, spills, instruction(built.asm["ptx"]))
+    return Row(**{**vars(row), "fault": fault(row, built.asm["ttgir"], "tl.dot" in spec.kernel.src, spill_limit)})
+
+
+def fault(row: Row, ttgir: str, has_dot: bool, spill_limit: int) -> str:
+    """Why a compiled kernel is not good enough, or nothing."""
+    if row.spills > spill_limit:
+        return f"spills {row.spills} bytes, more than {spill_limit}"
+    if row.shared > SHARED_LIMIT[row.arch]:
+        return f"needs {row.shared} bytes of shared memory, more than {SHARED_LIMIT[row.arch]}"
+    if has_dot and not row.tensor_core:
+        return "does not use the tensor cores"
+    # With another kWidth a thread holds more than two neighbouring k, and one mma no longer takes 16 consecutive k.
+    widths = set(re.findall(r"kWidth = (\d+)", ttgir)) - {"2"}
+    return f"kWidth {', '.join(sorted(widths))}: k is not in order" if widths else ""
+
+
+def instruction(ptx: str) -> str:
+    """The tensor-core instructions of a kernel, by shape."""
+    found = set(re.findall(r"(wgmma|mma)\.(?:mma_async\.)?sync\.aligned\.(m\d+n\d+k\d+)", ptx))
+    return ", ".join(sorted(f"{kind} {shape}" for kind, shape in found))
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers per thread, bytes of local memory per thread) by the cuobjdump that Triton ships."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("STACK", "LOCAL"))
+    return int(re.search(r"REG:(\d+)", text)[1]), stack + local
+
+
+def summary(rows: list[Row]) -> Iterator[str]:
+    """One line per kernel and architecture: the most that any of its specialisations takes."""
+    for kernel, arch in dict.fromkeys((r.kernel, r.arch) for r in rows):
+        some = [r for r in rows if (r.kernel, r.arch) == (kernel, arch)]
+        cores = sorted({r.tensor_core for r in some if r.tensor_core})
+        yield (
+            f"{kernel:16} sm_{arch} {len(some):4} variants: at most {max(r.registers for r in some):3} registers, "
+            f"{max(r.shared for r in some):6} B shared, {max(r.spills for r in some)} B spilled; {' or '.join(cores) or '-'}"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--verbose", action="store_true", help="one line per specialisation")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--spill-limit", type=int, default=0, help="bytes per thread")
+    options = parser.parse_args()
+    tasks = [(name, i, arch) for name, spec in specs().items() for arch in options.arch for i in range(len(spec.variants))]
+    # Fresh processes, for a forked one would share the compiler's state.
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(compile_one, *task, options.spill_limit) for task in tasks]
+        rows = [f.result() for f in futures]
+    if options.verbose:
+        for r in rows:
+            taken = f"{r.registers:3} registers, {r.shared:6} B shared, {r.spills} B spilled; {r.tensor_core or '-'}"
+            print(f"{r.kernel:16} sm_{r.arch} {r.variant:44} {taken}")
+    print(*summary(rows), sep="\n")
+    bad = [r for r in rows if r.fault]
+    for r in bad:
+        print(f"FAILED {r.kernel} sm_{r.arch} [{r.variant}]: {r.fault}")
+    print(f"{len(rows)} specialisations compiled, {len(bad)} failed")
+    return 1 if bad or not rows else 0
+
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "0"  # the interpreter has nothing to compile
+    with tempfile.TemporaryDirectory() as cache:  # an earlier run's cache would hide what no longer compiles
+        os.environ["TRITON_CACHE_DIR"] = cache
+        sys.exit(main())
