@@ -111,14 +111,3 @@ def off_diagonal(matrix: Sequence[Sequence[float]]) -> OffDiagonal | None:
     """None when there is nothing off the diagonal."""
     values = [v for i, row in enumerate(matrix) for j, v in enumerate(row) if i != j and not math.isnan(v)]
     return OffDiagonal(sum(values) / len(values), min(values), max(values)) if values else None
-
-
-def pairwise(outputs: Mapping[str, Tensor], scale: float) -> list[list[float]]:
-    """Squared L2 distances between outputs, divided by ``scale`` squared norm: row and column order is the mapping's."""
-    names = list(outputs)
-    wide = {n: outputs[n].double() for n in names}
-    matrix = [[0.0] * len(names) for _ in names]
-    for i, a in enumerate(names):
-        for j in range(i):
-            matrix[i][j] = matrix[j][i] = float((wide[a] - wide[names[j]]).square().sum()) / scale
-    return matrix

@@ -77,6 +77,10 @@ class Kernel(ABC):
     """Unique, family first: ``vllm.marlin.awq``."""
     layout: str
     """Storage layout it reads: a module of qlab.packing, or ``none``."""
+    source: str = ""
+    """Checkpoint family it serves, ``awq`` or ``gptq``; empty when it takes either."""
+    portable: bool = False
+    """True when its result is meant to be the same on every machine (the references)."""
     repeatable: bool = True
     """False where the order of its sums is not fixed (atomics)."""
     note: str = ""

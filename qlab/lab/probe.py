@@ -8,7 +8,7 @@ predict the whole decoded matrix; the one that predicts every element is named.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from qlab.backends.registry import Kernel, Packed, Problem
 from qlab.errors import QlabError
 from qlab.inputs import one_hot_rows
 from qlab.lab.results import ProbeFault, ProbeResult
-from qlab.weights import Int4Weight
+from qlab.weights import Int4Weight, sequential_groups
 
 ROWS = 16
 """One-hot rows per call: small enough that every kernel stays on its INT4 path (ExLlama leaves it above 50)."""
@@ -64,93 +64,82 @@ def judge(got: Tensor, expected: Int4Weight, kernel: Kernel, layer: str, key: st
     return ProbeResult(layer, key, "", count, want.numel(), diagnose(got, expected, kernel, places), faults)
 
 
-@dataclass(frozen=True)
-class _Hypothesis:
-    name: str
-    faulty: Callable[[Int4Weight], Int4Weight]
-    """The weight that a kernel with this fault decodes."""
+Fault = Callable[[Int4Weight], Int4Weight]
+"""From the expected weight to the one that a kernel with this fault decodes."""
 
 
 def diagnose(got: Tensor, expected: Int4Weight, kernel: Kernel, places: Tensor) -> str:
     """Name the fault that predicts every element of ``got``, or say where the mismatches lie."""
-    for h in hypotheses(expected):
+    for name, fault in hypotheses(expected):
         try:
-            predicted = kernel.decoded(h.faulty(expected))
+            predicted = kernel.decoded(fault(expected))
         except QlabError:  # the fault leaves the range of zero points: then it is not this one
             continue
         if torch.equal(predicted, got):
-            return h.name
-    if text := _single_codes(got, expected, kernel, places):
-        return text
-    return _where(expected, places)
+            return name
+    return _single_codes(got, expected, kernel, places) or _where(expected, places)
 
 
-def hypotheses(weight: Int4Weight) -> Iterator[_Hypothesis]:
+def hypotheses(weight: Int4Weight) -> Iterator[tuple[str, Fault]]:
     """Every fault that the probe knows by name, for a weight of this shape."""
-    order = torch.tensor(AWQ_ORDER)
-    inverse = torch.argsort(order)
-    for axis, size, what in ((1, weight.N, "columns"), (0, weight.K, "rows")):
-        if size % 8:
-            continue
-        for name, p in (
-            ("AWQ's nibble order where natural order is stored", order),
-            ("natural nibble order where AWQ's is stored", inverse),
-        ):
-            index = _octets(size, p, weight.device)
-            yield _Hypothesis(
-                f"codes: {name}, along {what}", lambda w, i=index, a=axis: replace(w, codes=w.codes.index_select(a, i))
-            )
-            if axis == 1:
-                yield _Hypothesis(
-                    f"zero points: {name}, along columns", lambda w, i=index: replace(w, zeros=w.zeros.index_select(1, i))
-                )
-                yield _Hypothesis(
-                    f"codes and zero points: {name}, along columns",
-                    lambda w, i=index: replace(w, codes=w.codes.index_select(1, i), zeros=w.zeros.index_select(1, i)),
-                )
-    yield _Hypothesis(
-        "zero points: one too low (a v1 checkpoint, stored minus one, read as v2)",
+    yield from _nibble_faults(weight)
+    yield (
+        "zero points: one too low (stored minus one as in GPTQ v1, read as v2)",
         lambda w: replace(w, zeros=_shift(w.zeros, -1)),
     )
-    yield _Hypothesis(
-        "zero points: one too high (a v2 checkpoint, stored as they are, read as v1)",
+    yield (
+        "zero points: one too high (stored as they are as in GPTQ v2, read as v1)",
         lambda w: replace(w, zeros=_shift(w.zeros, 1)),
     )
-    yield _Hypothesis(
+    yield (
         "zero points: 8 everywhere (an asymmetric weight read as symmetric)",
         lambda w: replace(w, zeros=torch.full_like(w.zeros, 8)),
     )
     for name, columns in _scale_orders(weight.N, weight.device):
-        yield _Hypothesis(f"scales: {name}", lambda w, c=columns: replace(w, scales=w.scales.index_select(1, c)))
-        yield _Hypothesis(
-            f"scales and zero points: {name}",
-            lambda w, c=columns: replace(w, scales=w.scales.index_select(1, c), zeros=w.zeros.index_select(1, c)),
-        )
-    yield from _group_faults(weight)
+        for parts in (("scales",), ("zeros",), ("scales", "zeros")):
+            yield f"{_named(parts)}: {name}", _reorder(parts, 1, columns)
+    if weight.groups > 1:
+        yield from _group_faults(weight)
 
 
-def _group_faults(weight: Int4Weight) -> Iterator[_Hypothesis]:
-    g, k = weight.groups, weight.K
-    if g == 1:
-        return
-    natural = torch.arange(k, device=weight.device, dtype=torch.int32) // weight.group_size
+def _nibble_faults(weight: Int4Weight) -> Iterator[tuple[str, Fault]]:
+    order = torch.tensor(AWQ_ORDER)
+    swaps = (
+        ("AWQ's nibble order where natural order is stored", order),
+        ("natural nibble order where AWQ's is stored", torch.argsort(order)),
+    )
+    for name, p in swaps:
+        if weight.N % 8 == 0:
+            columns = _octets(weight.N, p, weight.device)
+            for parts in (("codes",), ("zeros",), ("codes", "zeros")):
+                yield f"{_named(parts)}: {name}, along columns", _reorder(parts, 1, columns)
+        if weight.K % 8 == 0:
+            yield f"codes: {name}, along rows", _reorder(("codes",), 0, _octets(weight.K, p, weight.device))
+
+
+def _group_faults(weight: Int4Weight) -> Iterator[tuple[str, Fault]]:
+    groups, natural = weight.groups, sequential_groups(weight.K, weight.group_size, weight.device)
     if weight.act_order:
-        yield _Hypothesis(
-            "group index: ignored (act-order rows read as k // group_size)", lambda w: replace(w, group_index=natural)
-        )
         order = torch.argsort(weight.group_index, stable=True)
-        yield _Hypothesis(
+        yield (
+            "group index: ignored (act-order rows read as k // group_size)",
+            lambda w: replace(w, group_index=natural),
+        )
+        yield (
             "group index: rows left in sorted order (activations not permuted)",
             lambda w: replace(w, codes=w.codes[order], group_index=w.group_index[order]),
         )
-    for by in (1, -1):
-        yield _Hypothesis(
-            f"group index: every row takes the {'next' if by == 1 else 'previous'} group",
-            lambda w, b=by: replace(w, group_index=((w.group_index + b) % g).to(torch.int32)),
-        )
-    yield _Hypothesis(
-        "group index: groups in reverse", lambda w: replace(w, group_index=(g - 1 - w.group_index).to(torch.int32))
-    )
+    yield "group index: every row takes the next group", lambda w: replace(w, group_index=(w.group_index + 1) % groups)
+    yield "group index: every row takes the previous group", lambda w: replace(w, group_index=(w.group_index - 1) % groups)
+    yield "group index: groups in reverse", lambda w: replace(w, group_index=groups - 1 - w.group_index)
+
+
+def _reorder(parts: tuple[str, ...], axis: int, index: Tensor) -> Fault:
+    return lambda w: replace(w, **{part: getattr(w, part).index_select(axis, index) for part in parts})
+
+
+def _named(parts: tuple[str, ...]) -> str:
+    return " and ".join("zero points" if part == "zeros" else part for part in parts)
 
 
 def _octets(size: int, order: Tensor, device: torch.device) -> Tensor:
@@ -163,17 +152,15 @@ def _shift(zeros: Tensor, by: int) -> Tensor:
 
 
 def _scale_orders(n: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    eight = torch.arange(64).reshape(8, 8).t().reshape(-1)
     if n % 64 == 0:
-        columns = (torch.arange(0, n, 64)[:, None] + eight).reshape(-1).to(device)
-        yield "Marlin's 64-column permutation applied once too often or not at all", columns
+        transposed = torch.arange(64).reshape(8, 8).t().reshape(-1)
+        columns = (torch.arange(0, n, 64)[:, None] + transposed).reshape(-1)
+        yield "Marlin's 64-column permutation applied once too often or not at all", columns.to(device)
     if n % 32 == 0:
-        inside = torch.tensor([2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)])
-        for p in (inside, torch.argsort(inside)):
-            yield (
-                "Marlin's single-group permutation in place of the grouped one",
-                (torch.arange(0, n, 32)[:, None] + p).reshape(-1).to(device),
-            )
+        single = torch.tensor([2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)])
+        for p in (single, torch.argsort(single)):
+            columns = (torch.arange(0, n, 32)[:, None] + p).reshape(-1)
+            yield "Marlin's single-group permutation applied once too often or not at all", columns.to(device)
     for by in (1, -1):
         yield f"from the {'next' if by == 1 else 'previous'} column", torch.arange(n, device=device).roll(-by)
 
@@ -184,20 +171,15 @@ def _single_codes(got: Tensor, expected: Int4Weight, kernel: Kernel, places: Ten
         return ""
     texts = []
     for k, n in places.tolist():
-        for code in range(16):
-            codes = expected.codes[k : k + 1, n : n + 1].clone().fill_(code)
-            g = int(expected.group_index[k])
-            one = Int4Weight(
-                codes,
-                expected.zeros[g : g + 1, n : n + 1].clone(),
-                expected.scales[g : g + 1, n : n + 1].clone(),
-                torch.zeros(1, dtype=torch.int32, device=codes.device),
-            )
-            if bool((kernel.decoded(one) == got[k, n]).all()):
-                texts.append(f"k={k}, n={n} holds code {code} instead of {int(expected.codes[k, n])}")
-                break
-        else:
+        g = int(expected.group_index[k])
+        zero, scale = expected.zeros[g, n].expand(1, 16), expected.scales[g, n].expand(1, 16)
+        codes = torch.arange(16, dtype=torch.uint8, device=expected.device)[None]
+        index = torch.zeros(1, dtype=torch.int32, device=expected.device)
+        candidates = kernel.decoded(Int4Weight(codes, zero.contiguous(), scale.contiguous(), index))[0]
+        matches = (candidates == got[k, n]).nonzero()
+        if not len(matches):
             return ""
+        texts.append(f"k={k}, n={n} holds code {int(matches[0])} instead of {int(expected.codes[k, n])}")
     return "codes: " + "; ".join(texts)
 
 

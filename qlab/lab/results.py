@@ -139,6 +139,8 @@ class LabResult:
     mode: str
     """``same`` or ``own``."""
     model: str
+    checkpoints: tuple[str, ...]
+    """Each directory read, with the zero-point convention that was found in it."""
     dtype: str
     seed: int
     digest: str

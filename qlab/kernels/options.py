@@ -1,0 +1,203 @@
+"""From the command's options to a plan and its layers; every refusal names the option."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from qlab import data, hardware
+from qlab.backends.registry import Kernel
+from qlab.errors import QlabError
+from qlab.lab import sources
+from qlab.lab.model_files import ModelFiles
+from qlab.lab.run import SAME, Layer, Plan
+
+CPU_TOKENS, GPU_TOKENS = 16, 64
+DTYPES = {"float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
+LABELS = {
+    "awq": ("vllm.awq_gemm", "vllm.awq_dequantize"),
+    "awq_marlin": ("vllm.marlin.awq", "vllm.machete.awq"),
+    "gptq": ("vllm.gptq_gemm",),
+    "gptq_marlin": ("vllm.marlin.gptq", "vllm.machete.gptq"),
+}
+"""vLLM's labels as a choice of kernels: everything that the label can dispatch to."""
+SHIPPED = "shipped model (8M-parameter Llama"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's options, as typed."""
+
+    hw: str
+    weights: str
+    model: Path | None
+    awq: Path | None
+    gptq: Path | None
+    original: Path | None
+    shape: str | None
+    group: int
+    dtype: str
+    tokens: int | None
+    text: Path | None
+    layers: str
+    kernels: str | None
+    runs: int
+    seed: int
+    probe: bool
+    trusted: Path | None
+    pin_marlin: bool
+    json: Path | None
+    plot: Path | None
+    device: str | None
+
+    def given(self) -> dict[str, str]:
+        """Options that were set, for the record; paths by their last part alone."""
+        out = {}
+        for f in fields(self):
+            v = getattr(self, f.name)
+            if v is not None and v is not False:
+                out[f.name] = v.name if isinstance(v, Path) else str(v)
+        return out
+
+
+@dataclass(frozen=True)
+class Work:
+    """A plan, the layers it runs over, and how many there are."""
+
+    plan: Plan
+    layers: Iterator[Layer]
+    count: int
+
+
+class _Layers(NamedTuple):
+    layers: Iterator[Layer]
+    visits: int
+    model: str
+    directories: tuple[Path, ...]
+
+
+def work(o: Options) -> Work:
+    """Check every option and say what to run. Raises QlabError naming the option and the mend."""
+    asked = hardware.gpu(o.hw)
+    device = _device(o.device)
+    if device.type == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is first imported, which is below
+    if o.weights not in (SAME, "own"):
+        raise QlabError(f"--weights {o.weights!r} is neither same nor own")
+    if o.dtype not in DTYPES:
+        raise QlabError(f"--dtype {o.dtype!r} is not one of {', '.join(DTYPES)}")
+    if o.tokens is not None and o.tokens < 1:
+        raise QlabError(f"--tokens {o.tokens} must be at least 1")
+    for option, path in (("--json", o.json), ("--plot", o.plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise QlabError(f"{option} {path}: the folder {path.absolute().parent} does not exist; make it first")
+    if o.plot and o.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise QlabError(f"--plot {o.plot}: name a .png, .svg or .pdf file")
+    tokens = o.tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
+    layers, count, model, directories = _layers(o, tokens)
+    plan = Plan(
+        kernels=_kernels(o.kernels),
+        asked=asked,
+        device=device,
+        mode=o.weights,
+        model=model,
+        checkpoints=[ModelFiles(d).describe() for d in directories],
+        dtype=DTYPES[o.dtype],
+        seed=o.seed,
+        runs=o.runs,
+        probe=o.probe,
+        pin_marlin=o.pin_marlin,
+        arguments=o.given(),
+    )
+    return Work(plan, layers, count)
+
+
+def _device(name: str | None) -> torch.device:
+    available = torch.cuda.is_available()
+    if name is None:
+        return torch.device("cuda" if available else "cpu")
+    if name not in ("cuda", "cpu"):
+        raise QlabError(f"--device {name!r} is neither cuda nor cpu")
+    if name == "cuda" and not available:
+        raise QlabError("--device cuda: PyTorch finds no CUDA GPU here; leave the option out to run on the CPU")
+    return torch.device(name)
+
+
+def _layers(o: Options, tokens: int) -> _Layers:
+    if o.shape is not None:
+        for option in ("model", "awq", "gptq", "original", "trusted"):
+            if getattr(o, option) is not None:
+                raise QlabError(f"--shape and --{option} exclude each other")
+        return _shape_layers(o)
+    text = _text(o.text)
+    request = sources.Request(DTYPES[o.dtype], tokens, text, o.layers)
+    if o.weights == SAME:
+        if o.awq or o.gptq:
+            raise QlabError("--awq and --gptq belong to --weights own; in mode same name one checkpoint with --model")
+        shipped = o.model is None
+        directory = o.model or data.model_directory("gptq")
+        original = o.original or (data.model_directory("fp16") if shipped else None)
+        if o.trusted and not o.probe:
+            raise QlabError("--trusted is what --probe compares with; add --probe")
+        name = f"{SHIPPED}, GPTQ codes)" if shipped else directory.name
+        layers = sources.same_weights(directory, request, original=original, trusted=o.trusted)
+        return _Layers(layers, sources.layer_count(directory, request), name, (directory,))
+    if o.model or o.trusted:
+        raise QlabError("--model and --trusted belong to --weights same; in mode own name --awq and --gptq")
+    if (o.awq is None) != (o.gptq is None):
+        raise QlabError("mode own needs both --awq and --gptq, or neither for the shipped model")
+    awq, gptq = o.awq or data.model_directory("awq"), o.gptq or data.model_directory("gptq")
+    original = o.original or (data.model_directory("fp16") if o.awq is None else None)
+    name = f"{SHIPPED})" if o.awq is None else f"{awq.name} and {gptq.name}"
+    layers = sources.own_weights(awq, gptq, request, original=original)
+    return _Layers(layers, sources.layer_count(gptq, request), name, (awq, gptq))
+
+
+def _shape_layers(o: Options) -> _Layers:
+    try:
+        m, k, n = (int(part) for part in str(o.shape).split(","))
+    except ValueError:
+        raise QlabError(f"--shape {o.shape!r} is not M,K,N, for example 16,4096,4096") from None
+    if min(m, k, n) < 1:
+        raise QlabError(f"--shape {o.shape}: M, K and N must be positive")
+    if o.tokens is not None and o.tokens != m:
+        raise QlabError(f"--tokens {o.tokens} and M={m} of --shape differ; leave --tokens out")
+    group = k if o.group == -1 else o.group
+    if group < 1 or k % group:
+        raise QlabError(f"--group {o.group} does not divide K={k}; use -1 for whole columns")
+    layers = sources.from_shape((m, k, n), group, DTYPES[o.dtype], o.seed, o.weights)
+    return _Layers(layers, 1, f"random weight, group {o.group}", ())
+
+
+def _text(path: Path | None) -> str:
+    if path is None:
+        return data.heldout_text()
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise QlabError(f"--text {path}: {e.strerror}") from None
+    except UnicodeDecodeError:
+        raise QlabError(f"--text {path} is not UTF-8 text") from None
+
+
+def _kernels(patterns: str | None) -> Sequence[Kernel]:
+    from qlab.backends import registry
+
+    everything = registry.kernels()
+    if patterns is None:
+        return everything
+    chosen = []
+    for pattern in (p.strip() for p in patterns.split(",")):
+        names = LABELS.get(pattern, ())
+        found = [k for k in everything if k.name in names or fnmatch.fnmatch(k.name, pattern)]
+        if not found:
+            known = ", ".join((*LABELS, *(k.name for k in everything)))
+            raise QlabError(f"--kernels {pattern!r} matches nothing; known: {known}")
+        chosen += [k for k in found if k not in chosen]
+    return tuple(chosen)

@@ -1,0 +1,98 @@
+"""Real activations: what a model's linear layers receive on real text.
+
+The model runs in float32, decoder layer by decoder layer, with one layer's weights in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlab.errors import CheckpointError
+
+TAPS: Mapping[str, str] = {
+    "self_attn.qkv_proj": "self_attn.q_proj",
+    "self_attn.o_proj": "self_attn.o_proj",
+    "mlp.gate_up_proj": "mlp.gate_proj",
+    "mlp.down_proj": "mlp.down_proj",
+}
+"""Linear layers as vLLM fuses them, and the module whose input is theirs."""
+
+
+def tokenize(directory: Path, text: str, tokens: int) -> Tensor:
+    """The first ``tokens`` token ids of ``text``: int64 [tokens]. Raises CheckpointError when the text is shorter."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as e:
+        raise CheckpointError(
+            f"{directory}: no usable tokenizer ({_first_line(e)}); copy the model's tokenizer files there"
+        ) from None
+    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    if len(ids) < tokens:
+        raise CheckpointError(f"the text has only {len(ids)} tokens; give a longer --text or --tokens {len(ids)}")
+    return ids[:tokens]
+
+
+Dense = Callable[[str], Tensor | None]
+"""Parameter by name, in any float dtype (quantised ones dequantised); None where the checkpoint has none."""
+
+
+def layer_inputs(directory: Path, dense: Dense, ids: Tensor) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """For each decoder layer its index and the inputs of its linears, float32 [tokens, K], keyed as in :data:`TAPS`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{directory / 'config.json'}: {_first_line(e)}") from None
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    body = getattr(model, "model", None)
+    if body is None or not all(hasattr(body, part) for part in ("embed_tokens", "layers", "rotary_emb")):
+        raise CheckpointError(f"{directory}: {type(model).__name__} is not built like Llama; layers cannot be run one by one")
+    with torch.no_grad():
+        embedding = _need(dense("model.embed_tokens.weight"), directory, "model.embed_tokens.weight")
+        hidden = embedding[ids].float()[None]
+        positions = torch.arange(len(ids))[None]
+        rotary = type(body.rotary_emb)(config=config)
+        cosine_sine = rotary(hidden, positions)
+        for index, layer in enumerate(body.layers):
+            _load(layer, f"model.layers.{index}.", dense, directory)
+            seen: dict[str, Tensor] = {}
+            hooks = [layer.get_submodule(tap).register_forward_pre_hook(_keep(seen, name)) for name, tap in TAPS.items()]
+            out = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=cosine_sine)
+            hidden = out[0] if isinstance(out, tuple) else out
+            for h in hooks:
+                h.remove()
+            yield index, seen
+            layer.to(device="meta")
+
+
+def _load(layer: nn.Module, prefix: str, dense: Dense, directory: Path) -> None:
+    state = {name: _need(dense(prefix + name), directory, prefix + name).float() for name, _ in layer.named_parameters()}
+    layer.load_state_dict(state, strict=True, assign=True)
+
+
+def _keep(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any], None]:
+    def hook(module: nn.Module, args: Any) -> None:
+        seen[name] = args[0].reshape(-1, args[0].shape[-1])
+
+    return hook
+
+
+def _need(t: Tensor | None, directory: Path, name: str) -> Tensor:
+    if t is None:
+        raise CheckpointError(f"{directory}: tensor {name!r} is missing, so its layer cannot run")
+    return t
+
+
+def _first_line(e: Exception) -> str:
+    return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__

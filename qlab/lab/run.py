@@ -1,0 +1,314 @@
+"""Runs every kernel on every layer's input and compares: one layer in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qlab import compare, hardware
+from qlab.backends import dispatch, reference
+from qlab.backends.registry import Kernel, Problem
+from qlab.environment import Environment
+from qlab.errors import QlabError
+from qlab.lab.probe import probe as run_probe
+from qlab.lab.results import SCHEMA, TOTAL, Cell, Column, DispatchRow, Hardware, Input, LabResult, Pairs, ProbeResult
+from qlab.weights import Int4Weight, tensor_bytes
+
+SAME = "same"
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One linear with the weight and activations that each source gives it: ``same``, or ``awq`` and ``gptq``."""
+
+    name: str
+    weights: Mapping[str, Int4Weight]
+    inputs: Mapping[str, Tensor]
+    """x [M, K] in the weight's dtype; x' where the source is AWQ with an input scale."""
+    expected: Mapping[str, Int4Weight] | None = None
+    """Trusted weights for the probe, where they are another checkpoint's."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run: chosen once, the same for every layer."""
+
+    kernels: Sequence[Kernel]
+    asked: hardware.Gpu
+    device: torch.device
+    mode: str
+    model: str
+    checkpoints: Sequence[str]
+    dtype: torch.dtype
+    seed: int = 0
+    runs: int = 2
+    probe: bool = False
+    pin_marlin: bool = False
+    arguments: Mapping[str, str] = field(default_factory=dict)
+
+
+def resolve_hardware(asked: hardware.Gpu, device: torch.device, cpu: str) -> Hardware:
+    """What the asked GPU means on this machine: native, another GPU, or none."""
+    if device.type != "cuda":
+        note = (
+            "no GPU in this run: references and Triton kernels run on the CPU (Triton in its interpreter), which shows "
+            f"packing, group layout and dequantisation but not {asked.key}'s tensor core"
+        )
+        return Hardware(asked.key, cpu, "cpu", False, note)
+    here = hardware.detect()
+    name = torch.cuda.get_device_properties(device).name
+    if here is not None and here.same_arithmetic(asked):
+        same = "" if here.key == asked.key else f": {here.sms} SMs and the same tensor core, so the same bits as {asked.key}"
+        return Hardware(asked.key, name, "cuda", True, f"native{same}")
+    sms = here.sms if here else "?"
+    note = (
+        f"not native: this GPU has {sms} SMs, {asked.key} has {asked.sms}, or their tensor cores differ; GPU kernels do not run"
+    )
+    return Hardware(asked.key, name, "cuda", False, note)
+
+
+def columns(plan: Plan) -> list[tuple[Column, Kernel]]:
+    """The table's columns: one per kernel in mode ``same``; per kernel and checkpoint it serves in mode ``own``."""
+    out = []
+    for k in plan.kernels:
+        sources = [SAME] if plan.mode == SAME else [k.source] if k.source else ["awq", "gptq"]
+        for source in sources:
+            key = k.name if source == SAME or k.source else f"{k.name}@{source}"
+            out.append((Column(key, k.name, source, k.layout, k.note, k.version()), k))
+    return out
+
+
+@dataclass
+class _Tally:
+    """What one column adds up over the layers."""
+
+    moments: compare.Moments = field(default_factory=lambda: compare.Moments(0.0, 0.0))
+    floor: compare.Moments = field(default_factory=lambda: compare.Moments(0.0, 0.0))
+    ulps: list[Tensor] = field(default_factory=list)
+    backward: float = 0.0
+    digests: list[str] = field(default_factory=list)
+    repeatable: bool = True
+    runs: int = 0
+    missing: str = ""
+
+
+def run(
+    plan: Plan,
+    layers: Iterable[Layer],
+    environment: Environment,
+    advance: Callable[[str], None] = lambda what: None,
+) -> LabResult:
+    """Run the plan. ``advance`` is called once per layer and column, with what comes next."""
+    started = time.perf_counter()
+    what_hw = resolve_hardware(plan.asked, plan.device, environment.cpu)
+    table = columns(plan)
+    tallies = {c.key: _Tally() for c, _ in table}
+    inputs: list[Input] = []
+    cells: list[Cell] = []
+    pairs: list[Pairs] = []
+    dispatched: list[DispatchRow] = []
+    probes: list[ProbeResult] = []
+    total: dict[tuple[str, str], list[float]] = {}
+    for layer in layers:
+        outputs: dict[str, Tensor] = {}
+        exact = _Exact(layer, plan.device)
+        inputs += [_describe(layer, source) for source in layer.weights]
+        dispatched += _dispatch(layer, plan)
+        for column, kernel in table:
+            advance(f"{layer.name}  {column.key}")
+            cell, y = _one(layer, column, kernel, exact, what_hw, plan, tallies[column.key])
+            cells.append(cell)
+            if y is not None:
+                outputs[column.key] = y
+            if plan.probe:
+                probes.append(_probe(layer, column, kernel, what_hw, plan))
+        pairs.append(_pairs(layer.name, outputs, {c.key: exact.norm(c.source) for c, _ in table}, total))
+    if not inputs:
+        raise QlabError("nothing to run: no layer matches")
+    cells += [_total_cell(c.key, tallies[c.key]) for c, _ in table]
+    everywhere = {c.key: t for c, _ in table if not (t := tallies[c.key]).missing}
+    pairs.append(_total_pairs(everywhere, total))
+    digest = hashlib.sha256("".join(i.weight_digest + i.input_digest for i in inputs).encode()).hexdigest()
+    return LabResult(
+        SCHEMA,
+        dict(plan.arguments),
+        environment,
+        what_hw,
+        plan.mode,
+        plan.model,
+        tuple(plan.checkpoints),
+        str(plan.dtype).removeprefix("torch."),
+        plan.seed,
+        digest,
+        tuple(inputs),
+        tuple(c for c, _ in table),
+        tuple(cells),
+        tuple(pairs),
+        tuple(dispatched),
+        tuple(probes),
+        round(time.perf_counter() - started, 3),
+    )
+
+
+class _Exact:
+    """float64 results of one layer, per source, on first use."""
+
+    def __init__(self, layer: Layer, device: torch.device) -> None:
+        self.weights = {s: w.to(device) for s, w in layer.weights.items()}
+        self.inputs = {s: x.to(device) for s, x in layer.inputs.items()}
+        self._made: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def of(self, source: str) -> tuple[Tensor, Tensor]:
+        """(exact y, sum |x||w|), both float64 [M, N]."""
+        if source not in self._made:
+            x, w = self.inputs[source], self.weights[source]
+            self._made[source] = reference.oracle(x, w), reference.magnitude(x, w)
+        return self._made[source]
+
+    def norm(self, source: str) -> float:
+        """Squared L2 norm of the exact output."""
+        return float(self.of(source)[0].square().sum())
+
+
+def _one(
+    layer: Layer, column: Column, kernel: Kernel, exact: _Exact, hw: Hardware, plan: Plan, tally: _Tally
+) -> tuple[Cell, Tensor | None]:
+    weight, x = exact.weights[column.source], exact.inputs[column.source]
+    reason = _refusal(kernel, Problem.of(weight, x.shape[0]), hw, plan)
+    ys: list[Tensor] = []
+    if not reason:
+        try:
+            packed = kernel.pack(weight)
+            ys = [kernel.run(x, packed) for _ in range(plan.runs)]
+        except QlabError as e:
+            reason = str(e)
+    if reason:
+        tally.missing = reason
+        return Cell(layer.name, column.key, reason, "", None, None, None, 0), None
+    true, magnitude = exact.of(column.source)
+    y, digests = ys[0], [compare.digest(y) for y in ys]
+    err = compare.error(y, true, magnitude)
+    floors = [compare.moments(other, y.double()) for other in ys[1:]]
+    floor = max(floors, key=lambda m: m.squared_error, default=None)
+    tally.moments += compare.moments(y, true)
+    tally.ulps.append(compare.ulp_errors(y, true).float().flatten().cpu())
+    tally.backward = max(tally.backward, err.backward)
+    tally.digests.append(digests[0])
+    tally.runs = plan.runs
+    if floor is not None:
+        tally.floor += floor
+        tally.repeatable &= len(set(digests)) == 1
+    cell = Cell(
+        layer.name,
+        column.key,
+        "",
+        digests[0],
+        err,
+        None if floor is None else len(set(digests)) == 1,
+        None if floor is None else floor.relative_l2,
+        plan.runs,
+    )
+    return cell, y
+
+
+def _refusal(kernel: Kernel, problem: Problem, hw: Hardware, plan: Plan) -> str:
+    if hw.device == "cuda" and not hw.native and not kernel.portable:
+        return f"--hw {hw.asked} is not this GPU ({hw.running}): its bits would be another GPU's"
+    return kernel.supports(problem, plan.device).reason
+
+
+def _probe(layer: Layer, column: Column, kernel: Kernel, hw: Hardware, plan: Plan) -> ProbeResult:
+    weight = layer.weights[column.source].to(plan.device)
+    if hw.device == "cuda" and not hw.native and not kernel.portable:
+        reason = _refusal(kernel, Problem.of(weight, 1), hw, plan)
+        return ProbeResult(layer.name, column.key, reason, 0, weight.K * weight.N, "", ())
+    trusted = layer.expected[column.source].to(plan.device) if layer.expected else None
+    return run_probe(kernel, weight, trusted, layer=layer.name, key=column.key)
+
+
+def _describe(layer: Layer, source: str) -> Input:
+    w, x = layer.weights[source], layer.inputs[source]
+    return Input(
+        layer.name,
+        source,
+        x.shape[0],
+        w.K,
+        w.N,
+        w.group_size,
+        w.symmetric,
+        w.act_order,
+        w.digest(),
+        hashlib.sha256(tensor_bytes(x)).hexdigest(),
+    )
+
+
+def _dispatch(layer: Layer, plan: Plan) -> list[DispatchRow]:
+    rows = []
+    for label in dispatch.LABELS:
+        source = SAME if plan.mode == SAME else label.split("_")[0]
+        problem = Problem.of(layer.weights[source], layer.inputs[source].shape[0])
+        d = dispatch.dispatch(label, plan.asked, problem, pin_marlin=plan.pin_marlin)
+        rows.append(DispatchRow(layer.name, label, d.kernel, d.reason))
+    return rows
+
+
+def _pairs(name: str, outputs: dict[str, Tensor], norms: dict[str, float], total: dict[tuple[str, str], list[float]]) -> Pairs:
+    keys = tuple(outputs)
+    distance = [[0.0] * len(keys) for _ in keys]
+    share = [[0.0] * len(keys) for _ in keys]
+    for i, a in enumerate(keys):
+        for j, b in enumerate(keys[:i]):
+            squared = float((outputs[a].double() - outputs[b].double()).square().sum())
+            count, scale = compare.differing(outputs[a], outputs[b]), (norms[a] + norms[b]) / 2
+            distance[i][j] = distance[j][i] = math.sqrt(squared / scale) if scale else float(squared > 0) * math.inf
+            share[i][j] = share[j][i] = count / outputs[a].numel()
+            sums = total.setdefault((a, b), [0.0, 0.0, 0.0, 0.0])
+            for at, v in enumerate((squared, scale, count, outputs[a].numel())):
+                sums[at] += v
+    classes = compare.equivalence_classes({k: compare.digest(y) for k, y in outputs.items()})
+    return Pairs(name, keys, _frozen(distance), _frozen(share), compare.off_diagonal(distance), classes)
+
+
+def _total_cell(key: str, t: _Tally) -> Cell:
+    if t.missing:
+        return Cell(TOTAL, key, t.missing, "", None, None, None, 0)
+    ulps = torch.cat(t.ulps)
+    err = compare.Error(t.moments.relative_l2, float(ulps.median()), float(ulps.max()), t.backward)
+    repeated = t.runs > 1
+    return Cell(
+        TOTAL,
+        key,
+        "",
+        _joined(t.digests),
+        err,
+        t.repeatable if repeated else None,
+        t.floor.relative_l2 if repeated else None,
+        t.runs,
+    )
+
+
+def _total_pairs(tallies: dict[str, _Tally], total: dict[tuple[str, str], list[float]]) -> Pairs:
+    keys = tuple(tallies)
+    distance = [[0.0] * len(keys) for _ in keys]
+    share = [[0.0] * len(keys) for _ in keys]
+    for i, a in enumerate(keys):
+        for j, b in enumerate(keys[:i]):
+            squared, scale, count, elements = total[(a, b)]
+            distance[i][j] = distance[j][i] = math.sqrt(squared / scale) if scale else 0.0
+            share[i][j] = share[j][i] = count / elements
+    classes = compare.equivalence_classes({k: _joined(t.digests) for k, t in tallies.items()})
+    return Pairs(TOTAL, keys, _frozen(distance), _frozen(share), compare.off_diagonal(distance), classes)
+
+
+def _joined(digests: list[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _frozen(matrix: list[list[float]]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in matrix)

@@ -1,0 +1,69 @@
+"""Heat maps of the lab's result, drawn without a display."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+from qlab.compare import Error
+from qlab.errors import QlabError
+from qlab.lab.results import TOTAL, LabResult
+from qlab.report.terminal import number, short
+from qlab.serial import write_whole
+
+
+def heat_maps(r: LabResult, path: Path) -> None:
+    """Two heat maps in one image, pairwise distance in total and error by layer, as .png, .svg or .pdf.
+
+    Raises QlabError when nothing ran or the suffix is no image format.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    total = next((p for p in r.pairs if p.layer == TOTAL), None)
+    if total is None or not total.keys:
+        raise QlabError("no kernel ran on every layer, so there is nothing to plot")
+    layers = r.layers()
+    errors = [[_relative(r.cell(layer, key).error) for key in total.keys] for layer in layers]
+    n = len(total.keys)
+    figure = Figure(figsize=(4.5 + 1.5 * n, 3.4 + 0.42 * max(n, len(layers))), layout="constrained", dpi=130)
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    names = [short(k) for k in total.keys]
+    _draw(left, [list(row) for row in total.relative_l2], names, names, "Relative L2 distance, all layers")
+    _draw(right, errors, [short(name) for name in layers], names, "Relative L2 error against float64")
+    gpu = r.hardware.running
+    figure.suptitle(
+        f"{r.model}, {r.dtype}, mode {r.mode}; --hw {r.hardware.asked} on {gpu}; inputs {r.digest[:12]}", fontsize=10
+    )
+    buffer = io.BytesIO()
+    suffix = path.suffix.lstrip(".").lower() or "png"
+    try:
+        figure.savefig(buffer, format=suffix)
+    except ValueError:
+        raise QlabError(f"--plot {path}: {suffix!r} is no image format; use .png, .svg or .pdf") from None
+    write_whole(path, buffer.getvalue())
+
+
+def _draw(axes, values: list[list[float]], rows: list[str], columns: list[str], title: str) -> None:  # type: ignore[no-untyped-def]
+    from matplotlib.colors import LogNorm
+
+    positive = [v for row in values for v in row if v > 0 and math.isfinite(v)]
+    low, high = (min(positive), max(positive)) if positive else (1e-9, 1.0)
+    shown = [[v if v > 0 and math.isfinite(v) else math.nan for v in row] for row in values]
+    high = max(high, 10 * low)  # figures that hardly differ shall not look as if they did
+    axes.imshow(shown, norm=LogNorm(vmin=low, vmax=high), cmap="viridis", aspect="auto")
+    axes.set_facecolor("#eeeeee")
+    middle = math.sqrt(low * high)
+    for i, row in enumerate(values):
+        for j, v in enumerate(row):
+            dark = not (v > 0) or v > middle
+            axes.text(j, i, number(v), ha="center", va="center", fontsize=7, color="black" if dark else "white")
+    axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_title(title, fontsize=10)
+
+
+def _relative(error: Error | None) -> float:
+    return math.nan if error is None else error.relative_l2
