@@ -289,10 +289,19 @@ SUM_ORDERS: dict[str, Callable[[list[Tensor]], Tensor]] = {
 """Orders in which ``torch.sum(0)`` may join awq_gemm's eight partial sums, each in fp32."""
 
 
+def partial_sums(m: int, n: int, seed: int) -> Tensor:
+    """fp16 [8, m, n] over many binades, the last nearly minus the sum of the others: what remains is the order's rounding."""
+    x = make_activations("wide", 8 * m, n, "fp16", seed).reshape(8, m, n).double()
+    power = torch.randint(-10, 1, x.shape, generator=torch.Generator().manual_seed(seed + 2))
+    p = (x * torch.pow(2.0, power.double())).half()
+    p[7] = (-p[:7].double().sum(0)).half()
+    return p
+
+
 def sum_order(device: torch.device) -> Iterator[dict[str, Any]]:
     """For each output shape, how many results of ``torch.sum(0)`` over 8 fp16 partials differ from each order's."""
     for i, (m, n) in enumerate(((1, 64), (1, 4096), (3, 192), (16, 1024), (16, 4096), (255, 4096), (64, 28672))):
-        p = make_activations("wide", 8 * m, n, "fp16", 77 + i).reshape(8, m, n).to(device)
+        p = partial_sums(m, n, 77 + i).to(device)
         y = p.sum(0)
         counts = {name: differing(y, order(list(p.float())).half()) for name, order in SUM_ORDERS.items()}
         yield {"M": m, "N": n, "outputs": m * n, "differing": counts}

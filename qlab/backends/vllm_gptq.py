@@ -14,8 +14,8 @@ from torch import Tensor
 
 from qlab.backends.registry import Packed, Problem, register
 from qlab.backends.vllm_extension import operators
-from qlab.backends.vllm_kernel import VllmKernel, empty_index, first, needs, sort_groups
-from qlab.packing import gptq
+from qlab.backends.vllm_kernel import VllmKernel, first, needs, sort_groups
+from qlab.packing import act_order, gptq
 from qlab.weights import Int4Weight
 
 BLOCK_K = 128
@@ -48,7 +48,7 @@ class GptqGemm(VllmKernel):
 
     def tensors(self, weight: Int4Weight) -> Mapping[str, Tensor]:
         packed = gptq.pack(weight, version=_version(Problem.of(weight, 0)))
-        order = sort_groups(weight.group_index) if weight.act_order else empty_index(weight.device)
+        order = sort_groups(weight.group_index) if weight.act_order else act_order.none(weight.device)
         operators().gptq_shuffle(packed.qweight, order, 4)  # in place
         return {"qweight": packed.qweight, "qzeros": packed.qzeros, "scales": packed.scales, "order": order}
 

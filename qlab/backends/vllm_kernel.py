@@ -67,11 +67,6 @@ def awq_range(problem: Problem) -> str:
     )
 
 
-def empty_index(device: torch.device) -> Tensor:
-    """The empty int32 tensor by which vLLM says: no act-order, or no zero points."""
-    return torch.empty(0, dtype=torch.int32, device=device)
-
-
 def sort_groups(group_index: Tensor) -> Tensor:
     """int32 [K], the order of rows that brings groups together: the same unstable sort that vLLM calls."""
     return torch.argsort(group_index).to(torch.int32)

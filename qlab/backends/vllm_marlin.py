@@ -14,8 +14,8 @@ from torch import Tensor
 
 from qlab.backends.registry import Packed, Problem, register
 from qlab.backends.vllm_extension import UINT4, UINT4B8, operators
-from qlab.backends.vllm_kernel import VllmKernel, awq_range, empty_index, first, needs, sort_groups
-from qlab.packing import nibbles
+from qlab.backends.vllm_kernel import VllmKernel, awq_range, first, needs, sort_groups
+from qlab.packing import act_order, marlin, nibbles
 from qlab.weights import ACTIVATION_DTYPES, Int4Weight
 
 GROUP_SIZES = (32, 64, 128)
@@ -68,9 +68,7 @@ class Marlin(VllmKernel):
         )
 
     def tensors(self, weight: Int4Weight) -> Mapping[str, Tensor]:
-        from qlab.packing import marlin
-
-        none = empty_index(weight.device)
+        none = act_order.none(weight.device)
         order = sort_groups(weight.group_index) if weight.act_order else none
         groups = weight.group_index[order.long()].contiguous() if weight.act_order else none
         rows = nibbles.join_rows(weight.codes)
