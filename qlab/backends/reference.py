@@ -45,6 +45,7 @@ class Reference(Kernel):
     """Decode, multiply in one wide type, round once. Runs every problem on every device."""
 
     layout = "none"
+    portable = True
 
     def __init__(self, name: str, wide: torch.dtype, note: str):
         self.name, self.wide, self.note = name, wide, note

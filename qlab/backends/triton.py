@@ -39,6 +39,7 @@ def launchers() -> SimpleNamespace:
         awq_dequantize=awq_dequantize.awq_dequantize,
         gptq_gemm=gptq_gemm.gptq_gemm,
         split_count=launch.split_count,
+        check_x=launch.check_x,
         interpreted=launch.interpreted(awq_gemm.awq_gemm_kernel),
     )
 
@@ -77,6 +78,7 @@ class TritonKernel(Kernel):
 
 class AwqGemm(TritonKernel):
     layout = "awq"
+    source = "awq"
 
     def __init__(self, name: str, split: bool, note: str):
         self.name, self.split, self.note = name, split, note
@@ -103,14 +105,13 @@ class AwqDequantize(AwqGemm):
     def run(self, x: Tensor, packed: Packed) -> Tensor:
         t = packed.tensors
         w = launchers().awq_dequantize(t["qweight"], t["qzeros"], t["scales"])
-        if x.ndim != 2 or x.shape[1] != w.shape[0] or x.dtype != w.dtype or x.device != w.device:
-            wanted = f"{_name(w.dtype)} [M, {w.shape[0]}] on {w.device}"
-            raise UnsupportedError(f"x must be {wanted}, not {_name(x.dtype)} {list(x.shape)} on {x.device}")
+        launchers().check_x(x, w.shape[0], w.dtype, w.device)
         return x @ w
 
 
 class GptqGemm(TritonKernel):
     layout = "gptq"
+    source = "gptq"
 
     def __init__(self, name: str, split: bool, stored: gptq.Version, note: str):
         self.name, self.split, self.stored, self.note = name, split, stored, note

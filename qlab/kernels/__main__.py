@@ -21,7 +21,7 @@ def main(
     awq: Annotated[Path | None, typer.Option(help="AWQ checkpoint, for mode own")] = None,
     gptq: Annotated[Path | None, typer.Option(help="GPTQ checkpoint, for mode own")] = None,
     original: Annotated[Path | None, typer.Option(help="unquantised model that the activations come from")] = None,
-    shape: Annotated[str | None, typer.Option(help="M,K,N of one random layer, in place of a model")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="M,K,N of a random layer, in place of a model; repeatable")] = None,
     group: Annotated[int, typer.Option(help="group size with --shape; -1 for whole columns")] = 128,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16")] = "float16",
     tokens: Annotated[int | None, typer.Option(help="rows of activations; 16 on a CPU, 64 on a GPU")] = None,

@@ -40,7 +40,7 @@ class Options:
     awq: Path | None
     gptq: Path | None
     original: Path | None
-    shape: str | None
+    shape: list[str] | None
     group: int
     dtype: str
     tokens: int | None
@@ -62,7 +62,7 @@ class Options:
         for f in fields(self):
             v = getattr(self, f.name)
             if v is not None and v is not False:
-                out[f.name] = v.name if isinstance(v, Path) else str(v)
+                out[f.name] = v.name if isinstance(v, Path) else " ".join(v) if isinstance(v, list) else str(v)
         return out
 
 
@@ -130,7 +130,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _layers(o: Options, tokens: int) -> _Layers:
-    if o.shape is not None:
+    if o.shape:
         for option in ("model", "awq", "gptq", "original", "trusted"):
             if getattr(o, option) is not None:
                 raise QlabError(f"--shape and --{option} exclude each other")
@@ -160,19 +160,23 @@ def _layers(o: Options, tokens: int) -> _Layers:
 
 
 def _shape_layers(o: Options) -> _Layers:
+    shapes = [_shape(text, o.group) for text in o.shape or ()]
+    if o.tokens is not None:
+        raise QlabError("--tokens belongs to a model; with --shape M,K,N the tokens are M")
+    layers = (layer for shape in shapes for layer in sources.from_shape(shape, o.group, DTYPES[o.dtype], o.seed, o.weights))
+    return _Layers(layers, len(shapes), f"random weights, group {o.group}", ())
+
+
+def _shape(text: str, group: int) -> tuple[int, int, int]:
     try:
-        m, k, n = (int(part) for part in str(o.shape).split(","))
+        m, k, n = (int(part) for part in text.split(","))
     except ValueError:
-        raise QlabError(f"--shape {o.shape!r} is not M,K,N, for example 16,4096,4096") from None
+        raise QlabError(f"--shape {text!r} is not M,K,N, for example 16,4096,4096") from None
     if min(m, k, n) < 1:
-        raise QlabError(f"--shape {o.shape}: M, K and N must be positive")
-    if o.tokens is not None and o.tokens != m:
-        raise QlabError(f"--tokens {o.tokens} and M={m} of --shape differ; leave --tokens out")
-    group = k if o.group == -1 else o.group
-    if group < 1 or k % group:
-        raise QlabError(f"--group {o.group} does not divide K={k}; use -1 for whole columns")
-    layers = sources.from_shape((m, k, n), group, DTYPES[o.dtype], o.seed, o.weights)
-    return _Layers(layers, 1, f"random weight, group {o.group}", ())
+        raise QlabError(f"--shape {text}: M, K and N must be positive")
+    if group != -1 and (group < 1 or k % group):
+        raise QlabError(f"--group {group} does not divide K={k} of --shape {text}; use -1 for whole columns")
+    return m, k, n
 
 
 def _text(path: Path | None) -> str:

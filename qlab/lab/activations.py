@@ -33,7 +33,7 @@ def tokenize(directory: Path, text: str, tokens: int) -> Tensor:
         raise CheckpointError(
             f"{directory}: no usable tokenizer ({_first_line(e)}); copy the model's tokenizer files there"
         ) from None
-    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens).input_ids[0]
     if len(ids) < tokens:
         raise CheckpointError(f"the text has only {len(ids)} tokens; give a longer --text or --tokens {len(ids)}")
     return ids[:tokens]

@@ -194,6 +194,8 @@ def short(name: str) -> str:
 def number(v: float) -> str:
     if v == 0 or not math.isfinite(v):
         return f"{v:g}"
+    if 0.01 <= v < 1000:
+        return f"{v:.3g}"
     mantissa, _, exponent = f"{v:.2e}".partition("e")
     return f"{mantissa}e{int(exponent)}"
 
