@@ -65,7 +65,7 @@ def steps(hw: str, out: Path, minutes: float) -> list[Step]:
         Step(
             "silicon",
             ("bench.record_silicon", "--out", str(out), "--minutes", str(minutes), "--sum-order"),
-            int(minutes * 60) + 60,
+            recording,
         ),
         Step("gemm", ("bench.gemm", "--json", f"{out}/gemm.json"), 200),
     ]
