@@ -5,6 +5,7 @@ It accumulates in fp16. Storage: that of qlab.packing.awq.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import sys
 from collections.abc import Mapping
@@ -67,7 +68,10 @@ class AwqTriton(VllmKernel):
         import triton
 
         found = module()
-        return "" if isinstance(found, Missing) else f"{found.__file__}, Triton {triton.__version__}"
+        if isinstance(found, Missing):
+            return ""
+        sha256 = hashlib.sha256(Path(str(found.__file__)).read_bytes()).hexdigest()
+        return f"vLLM's awq_triton.py, sha256 {sha256[:16]}, Triton {triton.__version__}"
 
 
 @lru_cache(maxsize=1)
