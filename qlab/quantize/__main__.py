@@ -1,0 +1,122 @@
+"""``python -m qlab.quantize``: a full-precision model directory and a text to an INT4 checkpoint."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from qlab.checkpoint import write
+from qlab.errors import QlabError
+from qlab.quantize.llama import load, tokenizer
+from qlab.quantize.model import Options, quantize_model, steps
+from qlab.quantize.text import command, read_text, token_rows
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+class Method(str, Enum):
+    awq = "awq"
+    gptq = "gptq"
+    rtn = "rtn"
+
+
+class Format(str, Enum):
+    awq = "awq"
+    gptq = "gptq"
+    compressed_tensors = "compressed-tensors"
+
+
+class Dtype(str, Enum):
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+_FORMAT = {Method.awq: Format.awq, Method.gptq: Format.gptq, Method.rtn: Format.compressed_tensors}
+
+
+@command
+def main(
+    method: Annotated[Method, typer.Option(help="How codes are chosen.")],
+    model: Annotated[Path, typer.Option(help="Full-precision Llama directory, with its tokenizer.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
+    text: Annotated[Path | None, typer.Option(help="Calibration text, UTF-8; rtn needs none.")] = None,
+    group: Annotated[int, typer.Option(help="Rows per scale; -1 for whole columns.")] = 128,
+    symmetric: Annotated[
+        bool | None, typer.Option("--symmetric/--asymmetric", help="Zero point 8, or fitted; awq: fitted, others: 8.")
+    ] = None,
+    act_order: Annotated[bool, typer.Option("--act-order", help="gptq: most active input channels first.")] = False,
+    static_groups: Annotated[bool, typer.Option("--static-groups", help="gptq: fit every scale to the first weight.")] = False,
+    damping: Annotated[float, typer.Option(help="gptq: part of the mean Hessian diagonal added to it.")] = 0.01,
+    clip: Annotated[bool, typer.Option("--clip/--no-clip", help="awq: search for smaller ranges.")] = True,
+    dtype: Annotated[Dtype, typer.Option(help="Of scales and unquantised tensors.")] = Dtype.float16,
+    format: Annotated[Format | None, typer.Option(help="Checkpoint layout; the method's own if left out.")] = None,
+    version: Annotated[int, typer.Option(help="gptq layout: 1 stores zero points less one, 2 as they are.")] = 1,
+    samples: Annotated[int, typer.Option(help="Rows of calibration tokens at most.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+) -> None:
+    """Quantise every projection of a Llama model to INT4, layer by layer, and write a checkpoint."""
+    options = Options(
+        method=method.value,
+        group_size=group,
+        symmetric=method is not Method.awq if symmetric is None else symmetric,
+        act_order=act_order,
+        static_groups=static_groups,
+        damping=damping,
+        clip=clip,
+        dtype=getattr(torch, dtype.value),
+    )
+    if version not in (1, 2):
+        raise QlabError(f"--version is 1 or 2, not {version}")
+    if out.exists() and not overwrite:
+        raise QlabError(f"{out} exists already; choose another --out or pass --overwrite")
+    network = load(model)
+    batches = _calibration(model, text, length, samples) if method is not Method.rtn else ()
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(method.value, total=steps(network))
+        result = quantize_model(network, batches, options, lambda name: bar.update(task, advance=1, description=name))
+    config: dict[str, Any] = json.loads((model / "config.json").read_text("utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype.value
+    layout = (format or _FORMAT[method]).value
+    extra = {name: model / name for name in TOKENIZER_FILES if (model / name).is_file()}
+    write(
+        out,
+        layout,
+        result.weights,
+        result.others,
+        config,
+        version=1 if version == 1 else 2,
+        extra_files=extra,
+        overwrite=overwrite,
+    )
+    typer.echo(f"{out}: {len(result.weights)} linears by {method.value}, group {group}, {layout} layout")
+
+
+def _calibration(model: Path, text: Path | None, length: int, samples: int) -> tuple[torch.Tensor, ...]:
+    if text is None:
+        raise QlabError("awq and gptq need --text FILE, the calibration text")
+    if samples < 1:
+        raise QlabError(f"--samples must be 1 or more, not {samples}")
+    return token_rows(tokenizer(model), read_text(text), length, samples).split(8)
+
+
+if __name__ == "__main__":
+    typer.run(main)
