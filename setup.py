@@ -10,7 +10,10 @@ from setuptools import setup
 PACKAGES = [
     "qlab",
     "qlab.backends",
+    "qlab.checkpoint",
+    "qlab.data",
     "qlab.kernels",
+    "qlab.lab",
     "qlab.packing",
     "qlab.quantize",
     "qlab.replay",
