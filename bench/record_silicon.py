@@ -2,10 +2,11 @@
 
     QLAB_VLLM_EXTENSION=/path/_C.so python -m bench.record_silicon --out DIR [--minutes 12] [--sum-order] [--limit 20]
 
-Every weight and every input is re-created from the parameters and seeds in the JSON (:func:`make_weight`,
-:func:`make_activations`); its digest stands beside them. Writes ``silicon_GPU.json`` (environment, problems, one record per
-problem and kernel) and ``silicon_GPU.npz`` (array ``bits``: uint16 patterns of up to 1,024 outputs per record, at
-:func:`sample_positions`). Both are rewritten whole as the run goes on; what was written stays when it is killed.
+QLAB_VLLM_SOURCE=/path/awq_triton.py adds vLLM's Triton kernel where vLLM is not installed. Every weight and every input is
+re-created from the parameters and seeds in the JSON (:func:`make_weight`, :func:`make_activations`); its digest stands beside
+them. Writes ``silicon_GPU.json`` (environment, problems, one record per problem and kernel) and ``silicon_GPU.npz`` (array
+``bits``: uint16 patterns of up to 1,024 outputs per record, at :func:`sample_positions`). Both are rewritten whole as the run
+goes on; what was written stays when it is killed.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -125,8 +127,6 @@ def test_a_stand_in_without_a_spec_is_no_installed_vllm(monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("gpu", "no_vllm")
 def test_what_is_loaded_is_named_by_its_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import hashlib
-
     path = tmp_path / "_C.so"
     path.write_bytes(b"an unknown build")
     sha256 = hashlib.sha256(b"an unknown build").hexdigest()
@@ -137,6 +137,18 @@ def test_what_is_loaded_is_named_by_its_content(monkeypatch: pytest.MonkeyPatch,
     ext.extension.cache_clear()
     monkeypatch.setitem(ext._KNOWN, sha256, "0.20.2")
     assert str(ext.extension()) == f"vLLM 0.20.2, sha256 {sha256[:16]}"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_unknown_build_of_an_installed_vllm_has_its_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "_C.abi3.so").write_bytes(b"an unknown build")
+    monkeypatch.setattr(ext, "installed_root", lambda: tmp_path)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(ext, "NEEDED", ())
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: f"9.9.9 of {package}")
+    found = ext.extension()
+    assert isinstance(found, Extension)
+    assert found.version == "9.9.9 of vllm"
 
 
 @pytest.mark.usefixtures("no_vllm")

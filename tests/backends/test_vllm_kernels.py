@@ -181,6 +181,7 @@ def machete_prepack_b(qweight: Tensor, a_type: torch.dtype, kind: int, scales_ty
 def machete_mm(x, qweight, kind, out_type, scales, zeros, group_size, channel, token, schedule) -> Tensor:  # type: ignore[no-untyped-def]
     assert (out_type, channel, token, schedule) == (None,) * 4
     q, k = rows_of(qweight).astype(np.int64), x.shape[1]
+    assert group_size in (-1, 64, 128)
     assert len(scales) == (1 if group_size == -1 else k // group_size)
     s = spread(scales.double().numpy(), k)
     if kind == UINT4B8:
@@ -312,12 +313,35 @@ def test_the_real_operators_storage_is_that_of_our_packing() -> None:
     storage_is_ours("cuda")
 
 
+@pytest.mark.gpu
+@pytest.mark.vllm
+def test_every_stream_has_its_own_locks_and_the_kernel_leaves_them_zero() -> None:
+    k, weight = kernel("vllm.marlin.gptq"), random_weight(4096, 256, symmetric=True).to("cuda")
+    support = k.supports(Problem.of(weight, 1), weight.device)
+    if not support.ok:
+        pytest.skip(support.reason)
+    here, other = vllm_marlin.workspace(weight.device), torch.cuda.Stream()
+    packed, x = k.pack(weight), random_activations(16, 4096).to("cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(other):
+        there = vllm_marlin.workspace(weight.device)
+        outputs = [k.run(x, packed) for _ in range(20)]
+    outputs += [k.run(x, packed) for _ in range(20)]
+    torch.cuda.synchronize()
+    assert here is vllm_marlin.workspace(weight.device)
+    assert here is not there
+    assert not here.any()
+    assert not there.any()
+    assert all(torch.equal(y, outputs[0]) for y in outputs)
+
+
 @pytest.mark.usefixtures("stand_ins")
 def test_gptq_gemm_takes_the_version_that_holds_the_zero_points() -> None:
     w = random_weight(64, 64, 32, seed=2)
     for zero in (0, 16):
         weight = replace(w, zeros=torch.where(w.zeros == 7, torch.tensor(zero, dtype=torch.uint8), w.zeros))
-        assert probe(kernel("vllm.gptq_gemm"), weight).mismatches == 0
+        found = probe(kernel("vllm.gptq_gemm"), weight)
+        assert (found.reason, found.mismatches) == ("", 0)
     both = w.zeros.clone()
     both[0, 0], both[0, 1] = 0, 16
     with pytest.raises(PackingError, match="both 0 and 16"):
