@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
@@ -31,8 +31,8 @@ def inside(directory: Path, name: str, source: Path) -> Path:
 
     A snapshot of the Hugging Face cache is made of links to its sibling ``blobs`` folder; that one way out is allowed.
     """
-    windows = PureWindowsPath(name)
-    if not name or "\0" in name or PurePosixPath(name).is_absolute() or windows.drive or windows.root or ".." in windows.parts:
+    windows = PureWindowsPath(name)  # its notion of a root and of separators includes POSIX's
+    if not name or "\0" in name or windows.drive or windows.root or ".." in windows.parts:
         raise CheckpointError(f"{source}: path {name!r} leaves the checkpoint directory; name a file inside it")
     path = directory / name
     try:

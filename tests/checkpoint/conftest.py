@@ -73,7 +73,8 @@ def make_model():
                     w = random_weight(k, n, group, dtype=dtype, symmetric=symmetric, seed=seed)
                 order = orders[INPUT_OF[role.split(".")[1]]]  # shards that share an input share its order and scale
                 if act_order:
-                    w = replace(w, group_index=w.group_index[order[order < k]].contiguous())
+                    rows = order[order < k]
+                    w = replace(w, codes=w.codes[rows], group_index=w.group_index[rows])
                 if scaled:
                     w = replace(w, input_scale=(order[:k].float() + 1) / 64)
                 weights[name] = replace(w, name=name)

@@ -88,6 +88,18 @@ def test_unsupported_declaration(checkpoint, method, changes, says):
     refusal(directory, str(directory), *says)
 
 
+def test_config_groups_that_differ(checkpoint):
+    directory = checkpoint("compressed-tensors")
+    group = json.loads((directory / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    same = {"group_0": group, "group_1": {**group, "targets": ["re:.*down_proj"]}}
+    mend(directory, config_groups=same)
+    assert read(directory).config.group_size == 32
+    mend(directory, config_groups=same | {"group_1": {**group, "weights": {**group["weights"], "group_size": 64}}})
+    refusal(directory, "config.json", "config_groups", "differing schemes")
+    mend(directory, config_groups={"group_0": {**group, "input_activations": {"num_bits": 8}}})
+    refusal(directory, "config.json", "input_activations", "weight-only")
+
+
 def test_not_quantised(checkpoint):
     directory = checkpoint()
     (directory / "config.json").write_text('{"model_type": "llama"}')

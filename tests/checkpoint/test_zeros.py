@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from qlab.checkpoint import read
+from qlab.checkpoint import read, write
 from qlab.checkpoint.zeros import AS_IS, IMPLIED, MINUS_ONE
+from qlab.inputs import random_weight
 
 
 def relabel(directory, **changes):
@@ -23,7 +25,7 @@ def relabel(directory, **changes):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("version", "convention"), [(1, MINUS_ONE), (2, AS_IS)])
 def test_gptq_convention_is_found_whatever_the_label(make_model, tmp_path, version, convention, symmetric, act_order):
-    model = make_model(real=True, symmetric=symmetric, act_order=act_order and symmetric)
+    model = make_model(real=True, symmetric=symmetric, act_order=act_order)
     directory = model.write(tmp_path / "m", "gptq", version=version)
     right = read(directory)
     assert (right.zero_points.declared, right.zero_points.detected) == (convention, convention)
@@ -43,6 +45,26 @@ def test_codes_that_tell_nothing_leave_the_label_in_force(make_model, tmp_path, 
     assert c.zero_points.detected == ""
     assert c.zero_points.version == version
     assert "unconfirmed" in str(c.zero_points)
+
+
+def test_zero_point_sixteen_is_not_taken_for_a_wrong_label(tmp_path):
+    """Zero points 1 to 16 average 8.5 and are stored as 0 to 15, on which random codes centre, too, but without a link."""
+    weights = {}
+    for i in range(8):
+        w = random_weight(256, 256, 32, seed=i)
+        zeros = torch.randint(1, 17, (8, 256), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        weights[f"model.layers.{i}.mlp.up_proj"] = replace(w, zeros=zeros)
+    c = read(write(tmp_path / "m", "gptq", weights, {}, {}))
+    assert c.zero_points.detected == ""
+    assert c.zero_points.used == MINUS_ONE
+
+
+def test_act_order_hides_no_evidence(make_model, tmp_path):
+    """Rows in another order are the same groups, so the same is seen."""
+    plain, ordered = (
+        read(make_model(real=True, act_order=order).write(tmp_path / str(order), "gptq")).zero_points for order in (False, True)
+    )
+    assert plain == ordered
 
 
 def test_symmetric_label_on_asymmetric_tensors_is_a_warning(make_model, tmp_path):
