@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ import torch
 from qlab.backends import vllm_extension as ext
 from qlab.backends.vllm_extension import Extension, Missing
 from qlab.errors import UnsupportedError
+
+NAMED = os.environ.get(ext.EXTENSION_VARIABLE, "")
 
 
 @pytest.fixture(autouse=True)
@@ -182,7 +185,9 @@ def test_asking_every_kernel_imports_no_vllm() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.vllm
-def test_the_real_extension_loads() -> None:
+def test_the_real_extension_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    if NAMED:
+        monkeypatch.setenv(ext.EXTENSION_VARIABLE, NAMED)
     found = ext.extension()
     assert isinstance(found, Extension), found
     assert all(hasattr(ext.operators(), name) for name in ext.NEEDED)
