@@ -22,7 +22,7 @@ from torch import Tensor
 from qlab.backends.reference import oracle, round_once
 from qlab.backends.registry import Kernel, Packed, Problem
 from qlab.errors import QlabError
-from qlab.inputs import exact_activations, one_hot_rows, random_activations, random_weight
+from qlab.inputs import one_hot_rows, random_activations, random_weight
 from qlab.weights import Int4Weight, tensor_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,10 +92,19 @@ def distinct_scales(groups: int, n: int, dtype: torch.dtype) -> Tensor:
 
 
 def exact_probe(kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device) -> Int4Weight:
-    """The probe weight with scales 2^-4, 2^-5, 2^-6: with x of -1, 0, 1 every fp32 sum is exact, in any order."""
+    """The probe weight with scales 2^-4, 2^-5, 2^-6.
+
+    Times :func:`integers` a product is a multiple of 2^-6 of at most 13 bits, so fp32 adds 2^11 of them exactly in any order.
+    """
     w = probe_weight(kernel, case, dtype, device)
     power = torch.randint(4, 7, tuple(w.scales.shape), generator=torch.Generator().manual_seed(6))
     return replace(w, scales=torch.pow(2.0, -power.double()).to(dtype).to(device))
+
+
+def integers(m: int, k: int, *, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """x [m, k] of whole numbers from -127 to 127: sums with :func:`exact_probe` are exact in fp32 and do not fit fp16."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(-127, 128, (m, k), generator=g).to(dtype)
 
 
 def one_hot(kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device) -> str:
@@ -112,7 +121,7 @@ def one_hot(kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device
 def exact(kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device) -> str:
     """Inputs whose products and sums are exact return float64's result rounded once."""
     w = exact_probe(kernel, case, dtype, device)
-    x = exact_activations(case.m, w.K, dtype=dtype, seed=1).to(device)
+    x = integers(case.m, w.K, dtype=dtype, seed=1).to(device)
     return _difference(kernel.run(x, kernel.pack(w)), round_once(oracle(x, w), dtype))
 
 
@@ -129,7 +138,7 @@ def random_inputs(kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.
 def poisoned(kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device) -> str:
     """Every output element is written: memory that the kernel allocates holds NaN beforehand."""
     w = exact_probe(kernel, case, dtype, device)
-    x = exact_activations(case.m, w.K, dtype=dtype, seed=3).to(device)
+    x = integers(case.m, w.K, dtype=dtype, seed=3).to(device)
     packed = kernel.pack(w)
     want = round_once(oracle(x, w), dtype)
     with nan_memory(device, case.m * case.n):
@@ -148,7 +157,7 @@ def ragged_rows(kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.de
     w = exact_probe(kernel, case, dtype, device)
     packed = kernel.pack(w)
     for m in (0, 1, 3, 8, 15, 17, 33, 65):
-        x = exact_activations(m, w.K, dtype=dtype, seed=m).to(device)
+        x = integers(m, w.K, dtype=dtype, seed=m).to(device)
         y = kernel.run(x, packed)
         if tuple(y.shape) != (m, w.N):
             return f"M={m}: the output is {list(y.shape)}"
@@ -162,7 +171,7 @@ def strided_rows(kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.d
     """Rows of x further apart than K, with NaN between them, give what contiguous rows give."""
     w = exact_probe(kernel, case, dtype, device)
     wide = torch.full((case.m, w.K + 24), float("nan"), dtype=dtype)
-    wide[:, 8 : 8 + w.K] = exact_activations(case.m, w.K, dtype=dtype, seed=4)
+    wide[:, 8 : 8 + w.K] = integers(case.m, w.K, dtype=dtype, seed=4)
     x = wide.to(device)[:, 8 : 8 + w.K]
     return _difference(kernel.run(x, kernel.pack(w)), round_once(oracle(x, w), dtype))
 
@@ -171,7 +180,7 @@ def refuses(kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device
     """x of a wrong width, dtype or layout is refused with a sentence, not computed."""
     w = exact_probe(kernel, case, dtype, device)
     packed = kernel.pack(w)
-    x = exact_activations(max(case.m, 2), w.K, dtype=dtype).to(device)
+    x = integers(max(case.m, 2), w.K, dtype=dtype).to(device)
     wrong = {
         "too few columns": x[:, :-8].contiguous(),
         "three dimensions": x[None],

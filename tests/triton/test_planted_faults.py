@@ -92,6 +92,18 @@ def test_a_skipped_step_of_k_fails_exact_inputs():
     assert status(spoil(x=without_last), ladder.exact).status == "failed"
 
 
+def test_fp16_between_steps_fails_exact_inputs():
+    class HalfSteps(Wrapped):
+        def run(self, x, packed):
+            w = packed.tensors["weight"]
+            total = torch.zeros(x.shape[0], w.shape[1], dtype=x.dtype, device=x.device)
+            for k in range(0, x.shape[1], 32):
+                total = (total.float() + x[:, k : k + 32].float() @ w[k : k + 32].float()).to(x.dtype)
+            return total
+
+    assert status(HalfSteps(kernel("reference.float32")), ladder.exact).status == "failed"
+
+
 def test_fp16_sums_fail_random_inputs():
     class HalfSums(Wrapped):
         def run(self, x, packed):
