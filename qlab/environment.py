@@ -93,5 +93,5 @@ def _details() -> str:
         info = collect_env.get_env_info()
     except Exception as e:  # collect_env parses tools' output; a new format there must not cost the result
         return f"torch.utils.collect_env failed: {e}"
-    keep = ("torch_version", "cuda_compiled_version", "cuda_runtime_version", "nvidia_driver_version", "cudnn_version", "os")
+    keep = ("torch_version", "cuda_compiled_version", "cuda_runtime_version", "nvidia_driver_version", "os", "gcc_version")
     return "\n".join(f"{k}: {getattr(info, k, '')}" for k in keep)
