@@ -43,7 +43,8 @@ class Error:
     ulp_max: float
     """Largest error in ULP. Where the exact value nearly cancels this is large for every kernel: read the next figure."""
     backward: float
-    """Largest |y - exact| / sum_k |x||w|: the error in units of what went into the sum; blind to cancellation."""
+    """Largest |y - exact| / sum_k |x||w|: the error in units of what went into the sum; blind to cancellation.
+    Infinite where y is not finite, as are ULP."""
 
 
 def moments(y: Tensor, exact: Tensor) -> Moments:
@@ -53,26 +54,29 @@ def moments(y: Tensor, exact: Tensor) -> Moments:
 
 
 def ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Spacing of ``dtype`` at each value of ``exact`` (float64): 2^(exponent - mantissa bits), at least the subnormal one."""
+    """Spacing of ``dtype`` at each value of ``exact`` (float64): 2^(exponent - mantissa bits), at least the subnormal one.
+
+    Values beyond the dtype's range are spaced as if its exponents went on.
+    """
     info = torch.finfo(dtype)
     smallest = info.smallest_normal * info.eps
     _, exponent = torch.frexp(exact)
-    spacing = torch.ldexp(torch.ones_like(exact), exponent - 1) * info.eps
-    return torch.clamp(spacing, min=smallest)
+    # An exponent of float64, since ldexp takes powers of an integer exponent in float32; frexp gives zero the exponent of 1/2.
+    spacing = torch.ldexp(torch.full_like(exact, info.eps), exponent.double() - 1)
+    return torch.where(exact == 0, smallest, spacing).clamp(min=smallest)
 
 
 def ulp_errors(y: Tensor, exact: Tensor) -> Tensor:
     """|y - exact| in ULP of y's dtype, float64; infinite where y is not finite."""
     e = (y.double() - exact).abs() / ulp(exact, y.dtype)
-    return torch.where(torch.isfinite(y), e, torch.full_like(e, math.inf))
+    return e.masked_fill(~torch.isfinite(y), math.inf)
 
 
 def error(y: Tensor, exact: Tensor, magnitude: Tensor) -> Error:
     """Error of ``y`` [M, N] against float64 ``exact``, with ``magnitude`` = sum_k |x||w| (float64) beside it."""
     ulps = ulp_errors(y, exact)
     distance = (y.double() - exact).abs()
-    tiny = torch.finfo(torch.float64).tiny
-    backward = torch.where(distance == 0, 0.0, distance / magnitude.clamp(min=tiny))
+    backward = torch.where(distance == 0, 0.0, distance / magnitude).masked_fill(~torch.isfinite(y), math.inf)
     return Error(moments(y, exact).relative_l2, float(ulps.median()), float(ulps.max()), float(backward.max()))
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ def collect(details: bool = True) -> Environment:
     """This machine's environment. ``details`` adds torch's own report, which takes a few seconds."""
     has_gpu = torch.cuda.is_available()
     properties = torch.cuda.get_device_properties(torch.cuda.current_device()) if has_gpu else None
-    smi = _nvidia_smi() if has_gpu else {}
+    smi = _nvidia_smi(properties) if has_gpu else {}
     return Environment(
         qlab=qlab.__version__,
         python=platform.python_version(),
@@ -73,12 +74,14 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def _nvidia_smi() -> dict[str, str]:
+def _nvidia_smi(properties: Any) -> dict[str, str]:
     fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
     if not shutil.which("nvidia-smi"):
         return {}
-    index = str(torch.cuda.current_device())
-    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", index]
+    # By its UUID: nvidia-smi counts every GPU of the machine, PyTorch those of CUDA_VISIBLE_DEVICES.
+    uuid = getattr(properties, "uuid", None)
+    which = f"GPU-{str(uuid).removeprefix('GPU-')}" if uuid else str(torch.cuda.current_device())
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", which]
     try:
         out = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):

@@ -68,7 +68,10 @@ def _value(hint: Any, v: Any, where: str) -> Any:
         if isinstance(v, str) and v in ("nan", "inf", "-inf"):
             return float(v)
         if isinstance(v, int | float) and not isinstance(v, bool):
-            return float(v)
+            try:
+                return float(v)
+            except OverflowError:
+                raise QlabError(f"{where}: {str(v)[:12]}... is beyond the range of floats") from None
     elif hint is Any or (type(v) is hint):
         return v
     raise QlabError(f"{where}: expected {getattr(hint, '__name__', hint)}, not {v!r}")
@@ -93,20 +96,26 @@ def write_whole(path: Path, data: bytes) -> None:
             os.fsync(f.fileno())
         os.chmod(beside, 0o644)
         os.replace(beside, path)
-    except OSError as e:
+    except BaseException as e:
         Path(beside).unlink(missing_ok=True)
-        raise QlabError(f"cannot write {path}: {e.strerror}") from None
+        if isinstance(e, OSError):
+            raise QlabError(f"cannot write {path}: {e.strerror}") from None
+        raise
 
 
 def read_json(kind: type[T], path: Path, schema: str) -> T:
     """A dataclass with a ``schema`` field from a file. Raises QlabError naming the file."""
     try:
-        plain = json.loads(path.read_text())
+        plain = json.loads(path.read_text("utf-8"), parse_constant=_refuse_constant)
     except OSError as e:
         raise QlabError(f"cannot read {path}: {e.strerror}") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise QlabError(f"{path} is not JSON: {e}") from None
     found = plain.get("schema") if isinstance(plain, dict) else None
     if found != schema:
         raise QlabError(f"{path} holds {found!r}, not {schema!r}")
     return from_plain(kind, plain, str(path))
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it has no {name}; such a float travels as a string")

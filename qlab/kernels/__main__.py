@@ -22,14 +22,14 @@ def main(
     gptq: Annotated[Path | None, typer.Option(help="GPTQ checkpoint, for mode own")] = None,
     original: Annotated[Path | None, typer.Option(help="unquantised model that the activations come from")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="M,K,N of a random layer, in place of a model; repeatable")] = None,
-    group: Annotated[int, typer.Option(help="group size with --shape; -1 for whole columns")] = 128,
+    group: Annotated[int | None, typer.Option(help="group size with --shape, 128 by default; -1 for whole columns")] = None,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16")] = "float16",
     tokens: Annotated[int | None, typer.Option(help="rows of activations; 16 on a CPU, 64 on a GPU")] = None,
     text: Annotated[Path | None, typer.Option(help="text that the activations come from; a held-out one by default")] = None,
     layers: Annotated[str, typer.Option(help="glob over layer names, e.g. '*.0.*'")] = "*",
     kernels: Annotated[str | None, typer.Option(help="comma-separated globs over kernel names, or vLLM labels")] = None,
     runs: Annotated[int, typer.Option(help="runs per kernel, for the noise floor", min=1)] = 2,
-    seed: Annotated[int, typer.Option(help="seed of --shape")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of --shape", min=0, max=2**62)] = 0,
     probe: Annotated[bool, typer.Option("--probe", help="one-hot probe: each kernel's decoded weight, bit for bit")] = False,
     trusted: Annotated[Path | None, typer.Option(help="checkpoint that --probe compares --model with")] = None,
     pin_marlin: Annotated[bool, typer.Option("--pin-marlin", help="show dispatch with Machete disabled")] = False,
@@ -70,9 +70,11 @@ def _run(typed: dict[str, Any], every_layer: bool) -> None:
             progress.update(task, advance=1, description=what)
 
         result = run.run(todo.plan, todo.layers, environment.collect(), advance)
-    if typed["json"]:
-        write_json(typed["json"], result)
-    terminal.show(result, Console(), every_layer=every_layer)
+    try:
+        if typed["json"]:
+            write_json(typed["json"], result)
+    finally:  # a full disk shall not cost the answer as well
+        terminal.show(result, Console(), every_layer=every_layer)
     if typed["plot"]:
         heat_maps(result, typed["plot"])
 

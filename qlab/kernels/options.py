@@ -19,6 +19,8 @@ from qlab.lab.model_files import ModelFiles
 from qlab.lab.run import SAME, Layer, Plan
 
 CPU_TOKENS, GPU_TOKENS = 16, 64
+GROUP = 128
+"""Group size of ``--shape``."""
 DTYPES = {"float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 LABELS = {
     "awq": ("vllm.awq_gemm", "vllm.awq_dequantize"),
@@ -41,7 +43,7 @@ class Options:
     gptq: Path | None
     original: Path | None
     shape: list[str] | None
-    group: int
+    group: int | None
     dtype: str
     tokens: int | None
     text: Path | None
@@ -97,6 +99,10 @@ def work(o: Options) -> Work:
     for option, path in (("--json", o.json), ("--plot", o.plot)):
         if path is not None and not path.absolute().parent.is_dir():
             raise QlabError(f"{option} {path}: the folder {path.absolute().parent} does not exist; make it first")
+        if path is not None and path.is_dir():
+            raise QlabError(f"{option} {path} is a folder; name a file")
+        if path is not None and not os.access(path.absolute().parent, os.W_OK):
+            raise QlabError(f"{option} {path}: the folder {path.absolute().parent} cannot be written; name another")
     if o.plot and o.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise QlabError(f"--plot {o.plot}: name a .png, .svg or .pdf file")
     tokens = o.tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
@@ -131,10 +137,14 @@ def _device(name: str | None) -> torch.device:
 
 def _layers(o: Options, tokens: int) -> _Layers:
     if o.shape:
-        for option in ("model", "awq", "gptq", "original", "trusted"):
+        for option in ("model", "awq", "gptq", "original", "trusted", "text"):
             if getattr(o, option) is not None:
                 raise QlabError(f"--shape and --{option} exclude each other")
+        if o.layers != "*":
+            raise QlabError("--shape and --layers exclude each other; a shape is one layer")
         return _shape_layers(o)
+    if o.group is not None:
+        raise QlabError("--group belongs to --shape; a model's checkpoint has its own group size")
     text = _text(o.text)
     request = sources.Request(DTYPES[o.dtype], tokens, text, o.layers)
     if o.weights == SAME:
@@ -145,26 +155,39 @@ def _layers(o: Options, tokens: int) -> _Layers:
         original = o.original or (data.model_directory("fp16") if shipped else None)
         if o.trusted and not o.probe:
             raise QlabError("--trusted is what --probe compares with; add --probe")
-        name = f"{SHIPPED}, GPTQ codes)" if shipped else directory.name
+        name = f"{SHIPPED}, GPTQ codes)" if shipped else directory.resolve().name
         layers = sources.same_weights(directory, request, original=original, trusted=o.trusted)
-        return _Layers(layers, sources.layer_count(directory, request), name, (directory,))
+        return _Layers(layers, _count(directory, request), name, (directory,))
     if o.model or o.trusted:
         raise QlabError("--model and --trusted belong to --weights same; in mode own name --awq and --gptq")
     if (o.awq is None) != (o.gptq is None):
         raise QlabError("mode own needs both --awq and --gptq, or neither for the shipped model")
     awq, gptq = o.awq or data.model_directory("awq"), o.gptq or data.model_directory("gptq")
     original = o.original or (data.model_directory("fp16") if o.awq is None else None)
-    name = f"{SHIPPED})" if o.awq is None else f"{awq.name} and {gptq.name}"
+    name = f"{SHIPPED})" if o.awq is None else f"{awq.resolve().name} and {gptq.resolve().name}"
     layers = sources.own_weights(awq, gptq, request, original=original)
-    return _Layers(layers, sources.layer_count(gptq, request), name, (awq, gptq))
+    return _Layers(layers, _count(gptq, request), name, (awq, gptq))
+
+
+def _count(directory: Path, request: sources.Request) -> int:
+    count = sources.layer_count(directory, request)
+    if not count:
+        raise QlabError(
+            f"--layers {request.layers!r} matches no layer; names are like model.layers.0.self_attn.qkv_proj, so '*.0.*' or "
+            "'*down_proj' would"
+        )
+    return count
 
 
 def _shape_layers(o: Options) -> _Layers:
-    shapes = [_shape(text, o.group) for text in o.shape or ()]
+    group = GROUP if o.group is None else o.group
+    shapes = [_shape(text, group) for text in o.shape or ()]
+    if len(set(shapes)) < len(shapes):
+        raise QlabError("--shape names the same M,K,N twice; name each once")
     if o.tokens is not None:
         raise QlabError("--tokens belongs to a model; with --shape M,K,N the tokens are M")
-    layers = (layer for shape in shapes for layer in sources.from_shape(shape, o.group, DTYPES[o.dtype], o.seed, o.weights))
-    return _Layers(layers, len(shapes), f"random weights, group {o.group}", ())
+    layers = (layer for shape in shapes for layer in sources.from_shape(shape, group, DTYPES[o.dtype], o.seed, o.weights))
+    return _Layers(layers, len(shapes), f"random weights, group {group}", ())
 
 
 def _shape(text: str, group: int) -> tuple[int, int, int]:

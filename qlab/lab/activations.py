@@ -28,8 +28,8 @@ def tokenize(directory: Path, text: str, tokens: int) -> Tensor:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as e:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as e:  # a damaged file fails in the tokenizers library, whose errors have no type of their own
         raise CheckpointError(
             f"{directory}: no usable tokenizer ({_first_line(e)}); copy the model's tokenizer files there"
         ) from None
@@ -48,18 +48,26 @@ def layer_inputs(directory: Path, dense: Dense, ids: Tensor) -> Iterator[tuple[i
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{directory / 'config.json'}: {_first_line(e)}") from None
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    except Exception as e:  # whatever a nonsensical size leads to inside transformers
+        raise CheckpointError(f"{directory / 'config.json'}: no model can be built from it ({_first_line(e)})") from None
     body = getattr(model, "model", None)
-    if body is None or not all(hasattr(body, part) for part in ("embed_tokens", "layers", "rotary_emb")):
+    if body is None or not all(hasattr(body, part) for part in ("embed_tokens", "layers", "rotary_emb")) or not _taps(body):
         raise CheckpointError(f"{directory}: {type(model).__name__} is not built like Llama; layers cannot be run one by one")
     with torch.no_grad():
         embedding = _need(dense("model.embed_tokens.weight"), directory, "model.embed_tokens.weight")
+        if int(ids.max()) >= len(embedding):
+            raise CheckpointError(
+                f"{directory}: the tokenizer gives token {int(ids.max())}, the embedding has {len(embedding)} rows; "
+                "the two belong to different models"
+            )
         hidden = embedding[ids].float()[None]
         positions = torch.arange(len(ids))[None]
         rotary = type(body.rotary_emb)(config=config)
@@ -76,8 +84,21 @@ def layer_inputs(directory: Path, dense: Dense, ids: Tensor) -> Iterator[tuple[i
             layer.to(device="meta")
 
 
+def _taps(body: Any) -> bool:
+    modules = {name for layer in body.layers for name, _ in layer.named_modules()}
+    return modules.issuperset(TAPS.values())
+
+
 def _load(layer: nn.Module, prefix: str, dense: Dense, directory: Path) -> None:
-    state = {name: _need(dense(prefix + name), directory, prefix + name).float() for name, _ in layer.named_parameters()}
+    state = {}
+    for name, parameter in layer.named_parameters():
+        found = _need(dense(prefix + name), directory, prefix + name)
+        if found.shape != parameter.shape:
+            raise CheckpointError(
+                f"{directory}: tensor {prefix + name!r} is {list(found.shape)}, config.json asks for {list(parameter.shape)}; "
+                "the two belong to different models"
+            )
+        state[name] = found.float()
     layer.load_state_dict(state, strict=True, assign=True)
 
 

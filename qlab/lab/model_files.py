@@ -46,8 +46,8 @@ class ModelFiles:
     def describe(self) -> str:
         """Directory, method and what its zero points were found to be."""
         if self._checkpoint is None:
-            return f"{self.directory.name}: unquantised, rounded to nearest here (symmetric, group {GROUP})"
-        return f"{self.directory.name}: {self.method}, {self._checkpoint.zero_points}"
+            return f"{self.directory.resolve().name}: unquantised, rounded to nearest here (symmetric, group {GROUP})"
+        return f"{self.directory.resolve().name}: {self.method}, {self._checkpoint.zero_points}"
 
     def weight(self, name: str) -> Int4Weight:
         """The linear ``name`` as vLLM runs it, its shards fused; rounded to nearest when the model is not quantised."""
@@ -59,6 +59,12 @@ class ModelFiles:
         dense = torch.cat([self._need(f"{shard}.weight").float().t() for shard in shard_names(name)], 1)
         group = GROUP if dense.shape[0] % GROUP == 0 else dense.shape[0]
         return rtn.quantize(dense, group, symmetric=True, name=name)
+
+    def shards(self, name: str) -> tuple[tuple[str, int], ...]:
+        """The checkpoint's modules that the linear ``name`` is joined from, each with its columns."""
+        if self._checkpoint and name in self._known:
+            return ((name, self._checkpoint.weight(name).N),)
+        return tuple((shard, self._need(f"{shard}.weight").shape[0]) for shard in shard_names(name))
 
     def dense(self, name: str) -> Tensor | None:
         """A parameter in a float dtype, quantised ones dequantised to float32 [N, K]; None where there is none."""

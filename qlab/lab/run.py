@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from qlab.backends import dispatch, reference
 from qlab.backends.registry import Kernel, Problem
 from qlab.environment import Environment
 from qlab.errors import QlabError
+from qlab.lab.faults import Shards
 from qlab.lab.probe import probe as run_probe
 from qlab.lab.results import SCHEMA, TOTAL, Cell, Column, DispatchRow, Hardware, Input, LabResult, Pairs, ProbeResult
 from qlab.weights import Int4Weight, tensor_bytes
@@ -33,6 +33,8 @@ class Layer:
     """x [M, K] in the weight's dtype; x' where the source is AWQ with an input scale."""
     expected: Mapping[str, Int4Weight] | None = None
     """Trusted weights for the probe, where they are another checkpoint's."""
+    shards: Shards = ()
+    """Modules that the layer was fused from, for the probe to name."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class _Tally:
     moments: compare.Moments = field(default_factory=lambda: compare.Moments(0.0, 0.0))
     floor: compare.Moments = field(default_factory=lambda: compare.Moments(0.0, 0.0))
     ulps: list[Tensor] = field(default_factory=list)
+    ulp_max: float = 0.0
     backward: float = 0.0
     digests: list[str] = field(default_factory=list)
     repeatable: bool = True
@@ -130,7 +133,7 @@ def run(
                 probes.append(_probe(layer, column, kernel, what_hw, plan))
         pairs.append(_pairs(layer.name, outputs, {c.key: exact.norm(c.source) for c, _ in table}, total))
     if not inputs:
-        raise QlabError("nothing to run: no layer matches")
+        raise QlabError("nothing to run: there is no layer; choose others with --layers")
     cells += [_total_cell(c.key, tallies[c.key]) for c, _ in table]
     everywhere = {c.key: t for c, _ in table if not (t := tallies[c.key]).missing}
     pairs.append(_total_pairs(everywhere, total))
@@ -194,10 +197,11 @@ def _one(
     true, magnitude = exact.of(column.source)
     y, digests = ys[0], [compare.digest(y) for y in ys]
     err = compare.error(y, true, magnitude)
-    floors = [compare.moments(other, y.double()) for other in ys[1:]]
+    floors = [_moved(other, y) for other in ys[1:]]
     floor = max(floors, key=lambda m: m.squared_error, default=None)
     tally.moments += compare.moments(y, true)
     tally.ulps.append(compare.ulp_errors(y, true).float().flatten().cpu())
+    tally.ulp_max = max(tally.ulp_max, err.ulp_max)
     tally.backward = max(tally.backward, err.backward)
     tally.digests.append(digests[0])
     tally.runs = plan.runs
@@ -229,7 +233,7 @@ def _probe(layer: Layer, column: Column, kernel: Kernel, hw: Hardware, plan: Pla
         reason = _refusal(kernel, Problem.of(weight, 1), hw, plan)
         return ProbeResult(layer.name, column.key, reason, 0, weight.K * weight.N, "", ())
     trusted = layer.expected[column.source].to(plan.device) if layer.expected else None
-    return run_probe(kernel, weight, trusted, layer=layer.name, key=column.key)
+    return run_probe(kernel, weight, trusted, layer=layer.name, key=column.key, shards=layer.shards)
 
 
 def _describe(layer: Layer, source: str) -> Input:
@@ -264,9 +268,9 @@ def _pairs(name: str, outputs: dict[str, Tensor], norms: dict[str, float], total
     share = [[0.0] * len(keys) for _ in keys]
     for i, a in enumerate(keys):
         for j, b in enumerate(keys[:i]):
-            squared = float((outputs[a].double() - outputs[b].double()).square().sum())
-            count, scale = compare.differing(outputs[a], outputs[b]), (norms[a] + norms[b]) / 2
-            distance[i][j] = distance[j][i] = math.sqrt(squared / scale) if scale else float(squared > 0) * math.inf
+            squared, scale = _moved(outputs[a], outputs[b]).squared_error, (norms[a] + norms[b]) / 2
+            count = compare.differing(outputs[a], outputs[b])
+            distance[i][j] = distance[j][i] = compare.Moments(squared, scale).relative_l2
             share[i][j] = share[j][i] = count / outputs[a].numel()
             sums = total.setdefault((a, b), [0.0, 0.0, 0.0, 0.0])
             for at, v in enumerate((squared, scale, count, outputs[a].numel())):
@@ -275,11 +279,17 @@ def _pairs(name: str, outputs: dict[str, Tensor], norms: dict[str, float], total
     return Pairs(name, keys, _frozen(distance), _frozen(share), compare.off_diagonal(distance), classes)
 
 
+def _moved(y: Tensor, first: Tensor) -> compare.Moments:
+    """Distance of ``y`` from ``first``; 0 where the bits agree, also those of infinities and NaN."""
+    m = compare.moments(y, first.double())
+    return m if compare.differing(y, first) else compare.Moments(0.0, m.squared_exact)
+
+
 def _total_cell(key: str, t: _Tally) -> Cell:
     if t.missing:
         return Cell(TOTAL, key, t.missing, "", None, None, None, 0)
     ulps = torch.cat(t.ulps)
-    err = compare.Error(t.moments.relative_l2, float(ulps.median()), float(ulps.max()), t.backward)
+    err = compare.Error(t.moments.relative_l2, float(ulps.median()), t.ulp_max, t.backward)
     repeated = t.runs > 1
     return Cell(
         TOTAL,
@@ -300,7 +310,7 @@ def _total_pairs(tallies: dict[str, _Tally], total: dict[tuple[str, str], list[f
     for i, a in enumerate(keys):
         for j, b in enumerate(keys[:i]):
             squared, scale, count, elements = total[(a, b)]
-            distance[i][j] = distance[j][i] = math.sqrt(squared / scale) if scale else 0.0
+            distance[i][j] = distance[j][i] = compare.Moments(squared, scale).relative_l2
             share[i][j] = share[j][i] = count / elements
     classes = compare.equivalence_classes({k: _joined(t.digests) for k, t in tallies.items()})
     return Pairs(TOTAL, keys, _frozen(distance), _frozen(share), compare.off_diagonal(distance), classes)

@@ -59,7 +59,7 @@ def same_weights(
         if original:
             x = weight.scaled_input(x)
         expected = {SAME: _in_dtype(_same_shape(right.weight(name), weight), request.dtype)} if right else None
-        yield Layer(name, {SAME: weight}, {SAME: x}, expected)
+        yield Layer(name, {SAME: weight}, {SAME: x}, expected, right.shards(name) if right else ())
 
 
 def own_weights(awq: Path, gptq: Path, request: Request, *, original: Path | None = None) -> Iterator[Layer]:

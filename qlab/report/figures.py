@@ -34,9 +34,8 @@ def heat_maps(r: LabResult, path: Path) -> None:
     _draw(left, [list(row) for row in total.relative_l2], names, names, "Relative L2 distance, all layers")
     _draw(right, errors, [short(name) for name in layers], names, "Relative L2 error against float64")
     gpu = r.hardware.running
-    figure.suptitle(
-        f"{r.model}, {r.dtype}, mode {r.mode}; --hw {r.hardware.asked} on {gpu}; inputs {r.digest[:12]}", fontsize=10
-    )
+    title = f"{r.model}, {r.dtype}, mode {r.mode}; --hw {r.hardware.asked} on {gpu}; inputs {r.digest[:12]}"
+    figure.suptitle(title, fontsize=10, parse_math=False)
     buffer = io.BytesIO()
     suffix = path.suffix.lstrip(".").lower() or "png"
     try:

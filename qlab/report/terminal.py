@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -14,7 +15,6 @@ from rich.text import Text
 from qlab.compare import OffDiagonal
 from qlab.lab.results import TOTAL, LabResult, Pairs
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 BOX = box.SIMPLE_HEAD
 
 
@@ -37,9 +37,10 @@ def show(result: LabResult, console: Console, *, every_layer: bool = False) -> N
 def header(r: LabResult) -> RenderableType:
     hw = r.hardware
     lines = [
-        f"[bold]{hw.asked}[/] on {hw.running}: {hw.note}",
-        *r.checkpoints,
-        f"{r.model}; mode [bold]{r.mode}[/], {r.dtype}, seed {r.seed}, {len(r.inputs)} inputs, digest [bold]{r.digest[:16]}[/]",
+        f"[bold]{hw.asked}[/] on {escape(hw.running)}: {escape(hw.note)}",
+        *map(escape, r.checkpoints),
+        f"{escape(r.model)}; mode [bold]{r.mode}[/], {r.dtype}, seed {r.seed}, {len(r.inputs)} inputs, "
+        f"digest [bold]{r.digest[:16]}[/]",
         f"torch {r.environment.torch}, triton {r.environment.triton}"
         + (f", driver {r.environment.driver}" if r.environment.driver else "")
         + f"; {r.seconds:.1f} s",
@@ -73,7 +74,7 @@ def kernel_table(r: LabResult) -> Titled:
         e = c.error
         same = "-" if c.repeatable is None else f"{c.runs}/{c.runs}" if c.repeatable else "[red]no[/]"
         floor = "-" if c.noise_floor is None else number(c.noise_floor)
-        figures = (number(e.relative_l2), f"{e.ulp_median:.3f}", f"{e.ulp_max:.4g}", number(e.backward))
+        figures = (number(e.relative_l2), number(e.ulp_median), number(e.ulp_max), number(e.backward))
         t.row(numbers[key], key, *figures, floor, same, letters.get(key, ""))
     return t
 
@@ -94,7 +95,7 @@ def skipped_table(r: LabResult) -> Titled | None:
         where = "" if len(refused) == len(layers) else f" ({len(refused)} of {len(layers)} layers, first {refused[0].layer})"
         reasons.setdefault(refused[0].reason + where, []).append(c.key)
     for reason, keys in reasons.items():
-        t.row(reason, ", ".join(keys))
+        t.row(escape(reason), ", ".join(keys))
     return t
 
 
@@ -120,7 +121,7 @@ def matrix(p: Pairs, width: int) -> Iterator[RenderableType]:
         rows.append([*below, "·", *above])
     labels = [f"{numbers[key]:>2} {key}" for key in p.keys]
     yield from _chunked(f"Pairwise, {where}: relative L2 below the diagonal, differing outputs above", labels, rows, width)
-    classes = "\n".join(f"    {LETTERS[i % 26]}  {', '.join(c)}" for i, c in enumerate(p.classes))
+    classes = "\n".join(f"    {letter(i)}  {', '.join(c)}" for i, c in enumerate(p.classes))
     yield Text(f"  {spread(p.spread)}\n  bitwise equivalence classes:\n{classes}\n")
 
 
@@ -142,12 +143,14 @@ def dispatch_table(r: LabResult) -> Titled:
     """Which kernel each of vLLM's labels gets on the asked GPU; layers with the same answer share a row."""
     t = Titled(f"What vLLM runs on {r.hardware.asked} for these shapes")
     for name in ("label", "kernel", "layers", "why"):
-        t.column(name, no_wrap=name != "why")
-    rows: dict[tuple[str, str, str], int] = {}
+        t.column(name, no_wrap=name in ("label", "kernel"))
+    rows: dict[tuple[str, str, str], list[str]] = {}
     for d in r.dispatch:
-        rows[(d.label, d.kernel, d.reason)] = rows.get((d.label, d.kernel, d.reason), 0) + 1
-    for (label, kernel, reason), count in sorted(rows.items()):
-        t.row(label, kernel or "refused", str(count), reason)
+        rows.setdefault((d.label, d.kernel, d.reason), []).append(short(d.layer))
+    every = len({d.layer for d in r.dispatch})
+    for (label, kernel, reason), layers in sorted(rows.items()):
+        where = f"all {every}" if len(layers) == every else " ".join(layers)
+        t.row(label, kernel or "refused", escape(where), escape(reason))
     return t
 
 
@@ -163,14 +166,19 @@ def probe_table(r: LabResult) -> Titled:
         mine = [p for p in r.probes if p.key == key]
         good = [p for p in mine if not p.reason and not p.mismatches]
         if good:
-            t.row(key, f"{len(good)} layers", f"0 of {sum(p.elements for p in good)}", "[green]as packed[/]")
+            t.row(
+                key,
+                "1 layer" if len(good) == 1 else f"{len(good)} layers",
+                f"0 of {sum(p.elements for p in good)}",
+                "[green]as packed[/]",
+            )
         for p in mine:
             if p.mismatches:
-                t.row(key, short(p.layer), f"[red]{p.mismatches} of {p.elements}[/]", p.diagnosis)
+                t.row(key, short(p.layer), f"[red]{p.mismatches} of {p.elements}[/]", escape(p.diagnosis))
         if reasons := [p.reason for p in mine if p.reason]:
             refused.setdefault(reasons[0], []).append(key)
     for reason, keys in refused.items():
-        t.row(f"{len(keys)} kernels", "", "-", f"{reason}: {', '.join(keys)}")
+        t.row("1 kernel" if len(keys) == 1 else f"{len(keys)} kernels", "", "-", escape(f"{reason}: {', '.join(keys)}"))
     return t
 
 
@@ -179,7 +187,12 @@ def class_letters(r: LabResult) -> dict[str, str]:
     total = next((p for p in r.pairs if p.layer == TOTAL), None)
     if total is None:
         return {}
-    return {key: LETTERS[i % 26] for i, c in enumerate(total.classes) for key in c}
+    return {key: letter(i) for i, c in enumerate(total.classes) for key in c}
+
+
+def letter(index: int) -> str:
+    """A to Z, then AA to AZ, BA and so on."""
+    return (letter(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
 
 
 def numbered(keys: tuple[str, ...]) -> dict[str, str]:
