@@ -231,6 +231,49 @@ def test_medians_and_spread_are_per_call() -> None:
     assert o.speedup == {"cublas": 12.0, "vllm.marlin.awq": 6.0}
 
 
+class Graph:
+    """Stands in for CUDAGraph: notes what happens, and a call that waits for the GPU breaks the capture as CUDA says."""
+
+    log: tuple[str, ...] = ()
+    broken = False
+
+    def capture_begin(self) -> None:
+        Graph.log, Graph.broken = (*Graph.log, "begin"), False
+
+    def capture_end(self) -> None:
+        Graph.log = (*Graph.log, "end")
+        if Graph.broken:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def replay(self) -> None:
+        Graph.log = (*Graph.log, "replay")
+
+
+def test_calls_are_captured_once_or_timed_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(Graph, "log", ())
+    count: list[int] = []
+
+    def call() -> Tensor:
+        count.append(1)
+        return torch.zeros(1)
+
+    replay = timing.prepare([call, call], torch.device("cuda"))
+    replay()
+    assert (Graph.log, len(count), replay.launched) == (("begin", "end", "replay", "replay"), 2, "CUDA graph")
+
+    def waits() -> Tensor:
+        if Graph.log[-1] == "begin":
+            Graph.broken = True
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return call()
+
+    replay = timing.prepare([waits, waits], torch.device("cuda"))
+    assert len(count) == 4
+    assert replay.launched.endswith("captured in a CUDA graph: operation not permitted when stream is capturing")
+
+
 runner = CliRunner()
 
 
