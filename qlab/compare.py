@@ -27,9 +27,11 @@ class Moments:
 
     @property
     def relative_l2(self) -> float:
-        """||y - exact|| / ||exact||; 0 when both norms are 0."""
+        """||y - exact|| / ||exact||; 0 without an error, whatever the exact norm is."""
+        if self.squared_error == 0:
+            return 0.0
         if self.squared_exact == 0:
-            return 0.0 if self.squared_error == 0 else math.inf
+            return math.inf
         return math.sqrt(self.squared_error / self.squared_exact)
 
 

@@ -49,7 +49,7 @@ def layer_inputs(directory: Path, dense: Dense, ids: Tensor) -> Iterator[tuple[i
 
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as e:
+    except Exception as e:  # transformers and huggingface_hub share no type of error for a bad value
         raise CheckpointError(f"{directory / 'config.json'}: {_first_line(e)}") from None
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -116,4 +116,6 @@ def _need(t: Tensor | None, directory: Path, name: str) -> Tensor:
 
 
 def _first_line(e: Exception) -> str:
-    return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+    """The message's first line; where that only announces the next, both."""
+    lines = [*map(str.strip, str(e).strip().splitlines()), type(e).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) or lines[-1]

@@ -71,7 +71,7 @@ def own_weights(awq: Path, gptq: Path, request: Request, *, original: Path | Non
     models = {"awq": ModelFiles(awq), "gptq": ModelFiles(gptq)}
     for source, model in models.items():
         if model.method != source:
-            raise CheckpointError(f"--{source} {model.directory} holds a {model.method} checkpoint; name a {source} one")
+            raise CheckpointError(f"--{source} {model.directory} holds a {model.method} checkpoint; name one of {source}")
     own = None if models["awq"].keeps_input_scales else _activations(models["awq"], request)
     for name, x in _activations(ModelFiles(original) if original else models["gptq"], request):
         weights = {source: _in_dtype(model.weight(name), request.dtype) for source, model in models.items()}

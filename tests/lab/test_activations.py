@@ -1,0 +1,131 @@
+"""Activations of a model run layer by layer, against the whole model in transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from qlab.errors import CheckpointError
+from qlab.lab.activations import TAPS, layer_inputs, tokenize
+from qlab.lab.model_files import ModelFiles
+
+TEXT = "def run(self, item):\n    return self.queue.get(item)\n\nThe module provides an interface to the file system.\n"
+TOKENS = 24
+
+
+@pytest.fixture
+def copied(unquantised, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(unquantised, folder)
+    return folder
+
+
+def inputs(folder, ids=None):
+    ids = tokenize(folder, TEXT, TOKENS) if ids is None else ids
+    return {
+        f"model.layers.{i}.{tap}": x
+        for i, seen in layer_inputs(folder, ModelFiles(folder).dense, ids)
+        for tap, x in seen.items()
+    }
+
+
+def test_against_the_whole_model(unquantised):
+    model = AutoModelForCausalLM.from_pretrained(unquantised, dtype=torch.float32).eval()
+    seen = {}
+    for name, module in model.named_modules():
+        for tap, inner in TAPS.items():
+            if name.endswith(inner):
+                key = name.removesuffix(inner) + tap
+                module.register_forward_pre_hook(lambda m, args, key=key: seen.__setitem__(key, args[0][0].clone()))
+    ids = tokenize(unquantised, TEXT, TOKENS)
+    with torch.no_grad():
+        model(ids[None])
+    got = inputs(unquantised)
+    assert list(got) == [f"model.layers.{i}.{tap}" for i in range(2) for tap in TAPS]
+    for name, x in got.items():
+        assert x.shape == seen[name].shape
+        torch.testing.assert_close(x, seen[name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_later_token_does_not_change_an_earlier_row(unquantised):
+    ids = tokenize(unquantised, TEXT, TOKENS)
+    other = ids.clone()
+    other[-1] = (other[-1] + 1) % 2048
+    a, b = inputs(unquantised, ids), inputs(unquantised, other)
+    for name in a:
+        torch.testing.assert_close(a[name][:-1], b[name][:-1], rtol=0, atol=1e-5)
+        assert not torch.equal(a[name][-1], b[name][-1])
+
+
+def test_shards_of_a_fused_layer_share_their_input(unquantised):
+    """What lets one tap stand for q, k and v, and for gate and up."""
+    model = AutoModelForCausalLM.from_pretrained(unquantised, dtype=torch.float32).eval()
+    seen = {}
+    for name, module in model.model.layers[0].named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_pre_hook(lambda m, args, name=name: seen.__setitem__(name, args[0].clone()))
+    with torch.no_grad():
+        model(tokenize(unquantised, TEXT, TOKENS)[None])
+    for one, two in (("q", "k"), ("q", "v")):
+        assert torch.equal(seen[f"self_attn.{one}_proj"], seen[f"self_attn.{two}_proj"])
+    assert torch.equal(seen["mlp.gate_proj"], seen["mlp.up_proj"])
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": 64}, r"tensor 'model.layers.0.* is \[128.*\], config.json asks for \[.*64.*\]"),
+        ({"num_hidden_layers": 3}, r"tensor 'model.layers.2.* is missing"),
+        ({"model_type": "gpt2"}, "GPT2LMHeadModel is not built like Llama"),
+        ({"model_type": "mixtral"}, "MixtralForCausalLM is not built like Llama"),
+        ({"model_type": "nothing"}, "config.json: "),
+        ({"num_attention_heads": 0}, "config.json: "),
+        ({"hidden_size": "many"}, "config.json: "),
+    ],
+)
+def test_a_model_that_does_not_fit_its_configuration(copied, changes, said):
+    change_config(copied, **changes)
+    with pytest.raises(CheckpointError, match=said) as e:
+        inputs(copied, torch.arange(4))
+    assert "\n" not in str(e.value)
+
+
+def test_a_tokenizer_of_another_model(copied):
+    tensors = load_file(copied / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:10].clone()
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"the tokenizer gives token \d+, the embedding has 10 rows"):
+        inputs(copied)
+
+
+@pytest.mark.parametrize("content", [None, "{bad", '{"version": "1.0", "model": {"type": "none"}}', "[]"])
+def test_no_usable_tokenizer(copied, content):
+    for path in copied.glob("tokenizer*"):
+        path.unlink()
+    if content is not None:
+        (copied / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match="no usable tokenizer") as e:
+        tokenize(copied, TEXT, 4)
+    assert "\n" not in str(e.value)
+
+
+def test_a_short_text(unquantised):
+    with pytest.raises(CheckpointError, match="the text has only 3 tokens; give a longer --text or --tokens 3"):
+        tokenize(unquantised, "a b", 100)
+
+
+def test_code_in_a_checkpoint_is_not_run(copied):
+    (copied / "own.py").write_text("raise SystemExit('ran')")
+    change_config(copied, model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        inputs(copied, torch.arange(4))

@@ -1,0 +1,283 @@
+"""The lab's figures: whom a difference touches, what repeats, who refuses, how totals follow from layers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qlab import compare, hardware
+from qlab.backends.reference import oracle
+from qlab.backends.registry import Support
+from qlab.errors import PackingError, QlabError
+from qlab.lab import run as lab
+from qlab.lab.results import SCHEMA, TOTAL, LabResult
+from qlab.serial import write_json
+
+KERNELS = ("reference.float64", "reference.float32", "triton.gptq_gemm")
+
+
+def one_ulp(y, call):
+    """The next value above in one element."""
+    y.view(torch.int16)[2, 7] += 1
+    return y
+
+
+def cells(result, key):
+    return [c for c in result.cells if c.key == key]
+
+
+def entries(pairs, *, without):
+    """Every figure of a matrix that does not concern ``without``."""
+    keep = [i for i, key in enumerate(pairs.keys) if key != without]
+    return [[(pairs.relative_l2[i][j], pairs.differing[i][j]) for j in keep] for i in keep]
+
+
+def test_one_unit_in_one_element_touches_its_own_row_and_column_only(result, planted, make_layers):
+    before = result(*KERNELS, planted("planted"))
+    after = result(*KERNELS, planted("planted", one_ulp))
+    for key in KERNELS:
+        assert cells(after, key) == cells(before, key)
+    assert before.digest == after.digest
+    assert before.inputs == after.inputs
+    for a, b in zip(cells(after, "planted"), cells(before, "planted"), strict=True):
+        assert a.digest != b.digest
+        assert a.error != b.error
+        assert a.repeatable is b.repeatable is True
+        assert a.noise_floor == b.noise_floor == 0
+    for layer, a, b in zip((*make_layers(), None), after.pairs, before.pairs, strict=True):
+        assert entries(a, without="planted") == entries(b, without="planted")
+        i, j = a.keys.index("planted"), a.keys.index("reference.float64")
+        assert b.relative_l2[i][j] == b.differing[i][j] == 0
+        assert a.relative_l2[i][j] > 0
+        assert ("planted",) in a.classes
+        assert any({"reference.float64", "planted"} <= set(c) for c in b.classes)
+        rest = [tuple(k for k in c if k != "planted") for c in b.classes]
+        assert [c for c in a.classes if c != ("planted",)] == [c for c in rest if c]
+        if layer is not None:
+            assert a.differing[i][j] == 1 / (5 * layer.weights["same"].N)
+            exact = oracle(layer.inputs["same"], layer.weights["same"])
+            assert a.relative_l2[i][j] < 2.0**-9 * float(exact.abs().max()) / float(exact.norm())
+
+
+def test_a_kernel_that_does_not_repeat_is_found(result, planted):
+    def noisy(y, call):
+        return one_ulp(y, call) if call % 3 == 0 else y
+
+    r = result("reference.float64", planted("noisy", noisy), runs=3)
+    for cell in cells(r, "noisy"):
+        assert cell.repeatable is False
+        assert 0 < cell.noise_floor < 1e-2
+        assert cell.runs == 3
+    for cell in cells(r, "reference.float64"):
+        assert (cell.repeatable, cell.noise_floor) == (True, 0)
+
+
+def test_noise_in_one_layer_makes_the_total_noisy(result, planted):
+    r = result(planted("noisy", lambda y, call: one_ulp(y, call) if call == 4 else y))
+    assert [c.repeatable for c in cells(r, "noisy")] == [True, False, False]
+    assert r.cell(TOTAL, "noisy").noise_floor > 0
+
+
+def test_a_flipped_sign_of_zero_is_noise_without_distance(result, planted):
+    def flip(y, call):
+        y[0, 0] = -0.0 if call % 2 else 0.0
+        return y
+
+    for cell in cells(result(planted("signed", flip)), "signed"):
+        assert (cell.repeatable, cell.noise_floor) == (False, 0)
+
+
+def test_infinities_and_nan_that_repeat_are_no_noise(result, planted):
+    def broken(y, call):
+        y[0, 0], y[0, 1] = math.inf, math.nan
+        return y
+
+    r = result("reference.float64", planted("a", broken), planted("b", broken))
+    for cell in cells(r, "a"):
+        assert (cell.repeatable, cell.noise_floor) == (True, 0)
+        assert cell.error.ulp_max == cell.error.backward == math.inf
+        assert not math.isfinite(cell.error.relative_l2)
+    for pairs in r.pairs:
+        assert pairs.relative_l2[1][2] == pairs.differing[1][2] == 0
+        assert not math.isfinite(pairs.relative_l2[0][1])
+        assert pairs.classes == (("reference.float64",), ("a", "b"))
+
+
+def test_single_runs_say_nothing_of_noise(result):
+    for cell in result("reference.float64", runs=1).cells:
+        assert (cell.repeatable, cell.noise_floor, cell.runs) == (None, None, 1)
+
+
+def test_a_kernel_that_refuses_shows_its_reason_and_spoils_nothing(result, planted):
+    refuses = planted("refuses", support=Support(False, "needs the moon"))
+    raises = planted("raises", pack_error=PackingError("group 3, column 5 has zero point 0"))
+    r = result("reference.float64", refuses, raises, probe=True)
+    assert {c.reason for c in cells(r, "refuses")} == {"needs the moon"}
+    assert {c.reason for c in cells(r, "raises")} == {"group 3, column 5 has zero point 0"}
+    for cell in (*cells(r, "refuses"), *cells(r, "raises")):
+        assert (cell.digest, cell.error, cell.repeatable, cell.noise_floor, cell.runs) == ("", None, None, None, 0)
+    assert r.ran() == ("reference.float64",)
+    assert {p.reason for p in r.probes if p.key == "refuses"} == {"needs the moon"}
+    assert {p.reason for p in r.probes if p.key == "raises"} == {"group 3, column 5 has zero point 0"}
+    assert cells(r, "reference.float64") == cells(result("reference.float64"), "reference.float64")
+
+
+def test_a_kernel_that_ran_on_some_layers_is_not_in_the_total(result, planted, make_layers):
+    class Picky(planted):
+        def supports(self, problem, device):
+            return Support(problem.N == 64, "" if problem.N == 64 else f"N={problem.N}")
+
+    r = result("reference.float64", Picky("picky"))
+    assert [c.reason for c in cells(r, "picky")] == ["", "N=128", "N=128"]
+    assert [p.keys for p in r.pairs] == [("reference.float64", "picky"), ("reference.float64",), ("reference.float64",)]
+
+
+def test_totals_follow_from_the_layers(result, planted, make_layers):
+    r = result(*KERNELS, planted("planted", one_ulp), runs=2)
+    norms = [float(oracle(x.inputs["same"], x.weights["same"]).square().sum()) for x in make_layers()]
+    counts = [5 * x.weights["same"].N for x in make_layers()]
+    for key in (*KERNELS, "planted"):
+        *layers, total = cells(r, key)
+        squared = sum(c.error.relative_l2**2 * norm for c, norm in zip(layers, norms, strict=True))
+        assert total.error.relative_l2 == pytest.approx(math.sqrt(squared / sum(norms)), rel=1e-12)
+        assert total.error.ulp_max == max(c.error.ulp_max for c in layers)
+        assert total.error.backward == max(c.error.backward for c in layers)
+        medians = [c.error.ulp_median for c in layers]
+        assert min(medians) * (1 - 1e-6) <= total.error.ulp_median <= max(medians) * (1 + 1e-6)
+    *layers, total = r.pairs
+    for i in range(len(total.keys)):
+        for j in range(len(total.keys)):
+            squared = sum(p.relative_l2[i][j] ** 2 * norm for p, norm in zip(layers, norms, strict=True))
+            assert total.relative_l2[i][j] == pytest.approx(math.sqrt(squared / sum(norms)), rel=1e-12)
+            share = sum(p.differing[i][j] * count for p, count in zip(layers, counts, strict=True)) / sum(counts)
+            assert total.differing[i][j] == pytest.approx(share, rel=1e-12)
+    assert total.spread == compare.off_diagonal(total.relative_l2)
+    assert r.layers() == (*(x.name for x in make_layers()), TOTAL)
+
+
+def test_cells_agree_with_the_kernels_run_by_hand(result, make_layers):
+    from qlab.backends.registry import kernel
+
+    r = result(*KERNELS)
+    for layer in make_layers():
+        x, w = layer.inputs["same"], layer.weights["same"]
+        for key in KERNELS:
+            k = kernel(key)
+            assert r.cell(layer.name, key).digest == compare.digest(k.run(x, k.pack(w)))
+
+
+def test_zero_inputs_give_no_nan(result, make_layers):
+    silent = [replace(x, inputs={"same": torch.zeros_like(x.inputs["same"])}) for x in make_layers()]
+    r = result("reference.float64", "reference.float32", layers=silent)
+    for cell in r.cells:
+        assert (cell.error.relative_l2, cell.error.ulp_max, cell.error.backward) == (0, 0, 0)
+    for pairs in r.pairs:
+        assert pairs.relative_l2 == ((0, 0), (0, 0))
+
+
+def test_the_digest_tells_inputs_and_weights_apart(result, make_layers):
+    def digest(change=lambda layer: layer):
+        return result("reference.float64", layers=[change(x) for x in make_layers()], runs=1).digest
+
+    def bit_of(part):
+        def change(layer):
+            w = layer.weights["same"]
+            t = getattr(w, part).clone()
+            flat = t.view(torch.int16) if part == "scales" else t
+            flat[3, 5] ^= 1
+            return replace(layer, weights={"same": replace(w, **{part: t})})
+
+        return change
+
+    def input_bit(layer):
+        x = layer.inputs["same"].clone()
+        x.view(torch.int16)[0, 0] ^= 1
+        return replace(layer, inputs={"same": x})
+
+    found = [digest(), digest(bit_of("codes")), digest(bit_of("zeros")), digest(bit_of("scales")), digest(input_bit)]
+    assert len(set(found)) == 5
+    assert digest() == found[0]
+
+
+def test_the_whole_result_survives_its_file(result, planted, tmp_path):
+    noisy = planted("noisy", lambda y, call: y.fill_(math.nan) if call == 2 else y)
+    r = result(*KERNELS, noisy, planted("refuses", support=Support(False, "no")), probe=True)
+    assert r.schema == SCHEMA
+    write_json(tmp_path / "r.json", r)
+    assert repr(LabResult.read(tmp_path / "r.json")) == repr(r)
+
+
+def test_no_layer_is_one_sentence(result):
+    with pytest.raises(QlabError, match="nothing to run"):
+        result("reference.float64", layers=[])
+
+
+@pytest.fixture
+def cuda_machine(monkeypatch):
+    """A machine whose one GPU is the table's ``key``, as far as the lab asks."""
+
+    def be(key):
+        gpu = hardware.gpu(key)
+        properties = type("Properties", (), {"name": gpu.name})
+        monkeypatch.setattr(hardware, "detect", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    return be
+
+
+@pytest.mark.parametrize(
+    ("running", "asked", "native"),
+    [
+        ("h200", "h100", True),
+        ("h100", "h100", True),
+        ("h100", "h200", True),
+        ("a100", "h100", False),
+        ("h100", "a100", False),
+        ("h100-pcie", "h100", False),
+        ("b200", "h100", False),
+        ("rtx4090", "l40s", False),
+    ],
+)
+def test_what_hw_means_on_a_gpu(cuda_machine, running, asked, native):
+    cuda_machine(running)
+    hw = lab.resolve_hardware(hardware.gpu(asked), torch.device("cuda"), "a CPU")
+    assert (hw.asked, hw.device, hw.native) == (asked, "cuda", native)
+    assert hw.running == hardware.gpu(running).name
+    assert hw.note.startswith("native" if native else "not native: this GPU has")
+    assert (asked in hw.note) == (not native or running != asked)
+
+
+def test_what_hw_means_without_a_gpu():
+    hw = lab.resolve_hardware(hardware.gpu("a100"), torch.device("cpu"), "a CPU")
+    assert (hw.asked, hw.running, hw.device, hw.native) == ("a100", "a CPU", "cpu", False)
+    assert "not a100's tensor core" in hw.note
+
+
+@pytest.mark.parametrize(("running", "native"), [("h200", True), ("a100", False)])
+def test_gpu_kernels_run_where_native_and_references_everywhere(cuda_machine, monkeypatch, result, planted, running, native):
+    cuda_machine(running)
+    hw = lab.resolve_hardware(hardware.gpu("h100"), torch.device("cuda"), "a CPU")
+    monkeypatch.setattr(lab, "resolve_hardware", lambda *_: hw)  # the tensors themselves stay on the CPU
+    own = planted("gpu kernel")
+    own.portable = False
+    r = result("reference.float64", own, probe=True)
+    assert r.hardware == hw
+    assert r.ran() == (("reference.float64", "gpu kernel") if native else ("reference.float64",))
+    for c in cells(r, "gpu kernel"):
+        assert c.reason == (
+            "" if native else "--hw h100 is not this GPU (NVIDIA A100-SXM4-80GB): its bits would be another GPU's"
+        )
+    probes = {p.key: (p.reason != "", p.elements) for p in r.probes}
+    assert probes["gpu kernel"][0] is not native
+    assert probes["reference.float64"][0] is False
+    assert own.calls > 0 if native else own.calls == 0
+
+
+def test_progress_is_told_once_per_layer_and_column(plan, make_layers, here):
+    told = []
+    lab.run(plan("reference.float64", "reference.float32"), make_layers(), here, told.append)
+    assert len(told) == 4
+    assert told[0] == "model.layers.0.mlp.down_proj  reference.float64"
