@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from qlab.errors import WeightError
-from qlab.quantize.grid import Grid, bounds, checked, choose, decode, encode, group_rows
-from qlab.quantize.rtn import on_grid, quantize
+from qlab.quantize.grid import Grid, bounds, checked, choose, group_rows, nearest
+from qlab.quantize.rtn import on_grid
 from qlab.quantize.statistics import Statistics, output_error
 from qlab.weights import Int4Weight
 
@@ -40,15 +40,16 @@ def search_scale(
     ``sqrt(max * min) = 1``. Raises WeightError for weights that are not finite or not a multiple of the group.
     """
     w = torch.cat([checked(part) for part in weights], 1)
-    group_rows(w.shape[0], group_size)
+    size = group_rows(w.shape[0], group_size)
     if statistics.gram.shape[0] != w.shape[0]:
         raise WeightError(
             f"the weights have K={w.shape[0]}, their inputs {statistics.gram.shape[0]}; both must be of one layer"
         )
     best, least = torch.ones(w.shape[0], device=w.device), float("inf")
     for s in _candidates(w, statistics.mean_abs, group_size):
-        rounded = quantize(w * s.double()[:, None], group_size, symmetric, dtype, zero_min=zero_min)
-        difference = rounded.dequantize(torch.float64) / s.double()[:, None] - w
+        groups = (w * s.double()[:, None]).reshape(-1, size, w.shape[1])
+        grid = choose(*bounds(groups), symmetric=symmetric, dtype=dtype, zero_min=zero_min)
+        difference = nearest(groups, _per_row(grid)).reshape(w.shape) / s.double()[:, None] - w
         error = float(output_error(difference, statistics.gram).sum())
         if error < least:
             best, least = s, error
@@ -82,7 +83,7 @@ def quantize_scaled(
         gram = gram / torch.outer(input_scale.double(), input_scale.double())
     part = _best_shrink(groups, gram, symmetric, dtype, zero_min)
     clipped = choose(low * part, high * part, symmetric=symmetric, dtype=dtype, zero_min=zero_min)
-    keep = _error(wide, clipped, gram) < _error(wide, plain, gram)
+    keep = _error(groups, clipped, gram) < _error(groups, plain, gram)
     grid = Grid(torch.where(keep, clipped.scales, plain.scales), torch.where(keep, clipped.zeros, plain.zeros))
     return on_grid(wide, grid, input_scale=input_scale, name=name)
 
@@ -133,13 +134,17 @@ def _best_shrink(groups: Tensor, gram: Tensor, symmetric: bool, dtype: torch.dty
     least = torch.full_like(low, float("inf"))
     for part in SHRINK:
         grid = choose(low * part, high * part, symmetric=symmetric, dtype=dtype, zero_min=zero_min)
-        wide = Grid(grid.scales[:, None], grid.zeros[:, None])
-        difference = decode(encode(groups, wide), wide) - groups
+        difference = nearest(groups, _per_row(grid)) - groups
         error = (difference * (own @ difference)).sum(1)
         better = error < least
         best, least = torch.where(better, part, best), torch.where(better, error, least)
     return best
 
 
-def _error(w: Tensor, grid: Grid, gram: Tensor) -> Tensor:
-    return output_error(on_grid(w, grid).dequantize(torch.float64) - w, gram)
+def _error(groups: Tensor, grid: Grid, gram: Tensor) -> Tensor:
+    return output_error((nearest(groups, _per_row(grid)) - groups).flatten(0, 1), gram)
+
+
+def _per_row(grid: Grid) -> Grid:
+    """A grid [G, N] in the shape that serves groups [G, rows, N]."""
+    return Grid(grid.scales[:, None], grid.zeros[:, None])

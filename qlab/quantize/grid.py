@@ -87,6 +87,13 @@ def encode(w: Tensor, grid: Grid) -> Tensor:
     return (torch.round(w / grid.scales.double()) + grid.zeros.double()).clamp(0, TOP).to(torch.uint8)
 
 
+def nearest(w: Tensor, grid: Grid) -> Tensor:
+    """``decode(encode(w, grid), grid)`` in one go: the value each weight is rounded to, float64."""
+    scales, zeros = grid.scales.double(), grid.zeros.double()
+    steps = torch.round(w / scales)
+    return steps.clamp_(-zeros, TOP - zeros).mul_(scales)
+
+
 def decode(codes: Tensor, grid: Grid) -> Tensor:
     """What the codes stand for, exact in float64."""
     return (codes.double() - grid.zeros.double()) * grid.scales.double()
