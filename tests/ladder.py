@@ -19,11 +19,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from qlab.backends.reference import oracle, round_once
+from qlab.backends.reference import oracle
 from qlab.backends.registry import Kernel, Packed, Problem
 from qlab.errors import QlabError
 from qlab.inputs import one_hot_rows, random_activations, random_weight
-from qlab.weights import Int4Weight, tensor_bytes
+from qlab.weights import Int4Weight, round_once, tensor_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 

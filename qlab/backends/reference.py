@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlab.backends.registry import YES, Kernel, Packed, Problem, Support, register
 from qlab.errors import UnsupportedError
-from qlab.weights import Int4Weight
+from qlab.weights import Int4Weight, round_once
 
 
 def oracle(x: Tensor, weight: Int4Weight) -> Tensor:
@@ -21,24 +21,6 @@ def oracle(x: Tensor, weight: Int4Weight) -> Tensor:
 def magnitude(x: Tensor, weight: Int4Weight) -> Tensor:
     """``sum over k of |x[m, k]| * |w[k, n]|`` in float64 [M, N]: the scale that rounding errors of a sum are measured by."""
     return x.double().abs() @ weight.dequantize(weight.dtype).double().abs()
-
-
-def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 or float32 ``value`` rounded to nearest even to fp16, bf16 or float32, in one rounding.
-
-    PyTorch converts float64 to fp16 by way of float32, which rounds twice. Going there by rounding to odd instead, toward
-    zero with the last bit set where that was inexact, leaves the second rounding nothing to get wrong: float32 has more
-    than two bits beyond either type.
-    """
-    if value.dtype != torch.float64 or dtype in (torch.float32, torch.float64):
-        return value.to(dtype)
-    nearest = value.float()
-    back = nearest.double()
-    bits = nearest.view(torch.int32)
-    # A float's bits grow with its magnitude, so one less is the next value toward zero.
-    toward_zero = bits - (back.abs() > value.abs()).int()
-    odd = torch.where((back == value) | value.isnan(), bits, toward_zero | 1)
-    return odd.view(torch.float32).to(dtype)
 
 
 class Reference(Kernel):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from qlab.backends.reference import magnitude, oracle, round_once
+from qlab.backends.reference import magnitude, oracle
 from qlab.backends.registry import kernel
 from qlab.errors import UnsupportedError
 from qlab.inputs import random_activations, random_weight
+from qlab.weights import round_once
 
 
 def rational_products(x, weight):

@@ -1,0 +1,48 @@
+"""Fill the tables of README.md from the files under ``results/``: ``python -m bench.readme``.
+
+A table stands between ``<!-- table: FILE kernels -->`` (or ``pairs KERNEL,...``, or ``<!-- perplexity: FILE -->``) and
+``<!-- end -->``. A test fails when README.md does not hold what this writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from qlab.lab.results import LabResult
+from qlab.report.markdown import caption, kernel_table, pair_table, table
+from qlab.serial import write_whole
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"(<!-- (table|perplexity): (\S+)(?: (\w+))?(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """README's text with every table made anew."""
+    return BLOCK.sub(_block, text)
+
+
+def _block(found: re.Match[str]) -> str:
+    opening, kind, file, what, keys, closing = found.groups()
+    body = _perplexity(ROOT / file) if kind == "perplexity" else _lab(ROOT / file, what, keys)
+    return f"{opening}\n{body}\n\n{closing}"
+
+
+def _lab(path: Path, what: str, keys: str | None) -> str:
+    r = LabResult.read(path)
+    body = kernel_table(r) if what == "kernels" else pair_table(r, keys.split(",") if keys else ())
+    return f"{body}\n\n<sub>{caption(r)}. From `{path.relative_to(ROOT)}`.</sub>"
+
+
+def _perplexity(path: Path) -> str:
+    result = json.loads(path.read_text())
+    rows = [[e["model"], f"{e['perplexity']:.3f}"] for e in result["entries"]]
+    versions = f"torch {result['environment']['torch']}"
+    note = f"{result['tokens']:,} tokens of `{result['text']}`, float32, {versions}. From `{path.relative_to(ROOT)}`."
+    return f"{table(['model', 'perplexity'], rows)}\n\n<sub>{note}</sub>"
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    write_whole(readme, filled(readme.read_text()).encode())
