@@ -1,11 +1,14 @@
 """Real activations: what a model's linear layers receive on real text.
 
-The model runs in float32, decoder layer by decoder layer, with one layer's weights in memory at a time.
+The model runs in float64, decoder layer by decoder layer, with one layer's weights in memory at a time. Libraries and CPUs
+differ in the last bits of float32; in float64 they do as well, but rounding once to fp16 or bf16 then gives the same input on
+every machine, except where a value lies within some 1e-15 of a rounding border.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,7 @@ Dense = Callable[[str], Tensor | None]
 
 
 def layer_inputs(directory: Path, dense: Dense, ids: Tensor) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """For each decoder layer its index and the inputs of its linears, float32 [tokens, K], keyed as in :data:`TAPS`."""
+    """For each decoder layer its index and the inputs of its linears, float64 [tokens, K], keyed as in :data:`TAPS`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -55,7 +58,7 @@ def layer_inputs(directory: Path, dense: Dense, ids: Tensor) -> Iterator[tuple[i
         del config.quantization_config
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="sdpa")
     except Exception as e:  # whatever a nonsensical size leads to inside transformers
         raise CheckpointError(f"{directory / 'config.json'}: no model can be built from it ({_first_line(e)})") from None
     body = getattr(model, "model", None)
@@ -68,12 +71,12 @@ def layer_inputs(directory: Path, dense: Dense, ids: Tensor) -> Iterator[tuple[i
                 f"{directory}: the tokenizer gives token {int(ids.max())}, the embedding has {len(embedding)} rows; "
                 "the two belong to different models"
             )
-        hidden = embedding[ids].float()[None]
+        hidden = embedding[ids].double()[None]
         positions = torch.arange(len(ids))[None]
-        rotary = type(body.rotary_emb)(config=config)
-        cosine_sine = rotary(hidden, positions)
+        cosine_sine = _rotary(type(body.rotary_emb)(config=config), config, len(ids))
         for index, layer in enumerate(body.layers):
             _load(layer, f"model.layers.{index}.", dense, directory)
+            _widen_norms(layer)
             seen: dict[str, Tensor] = {}
             hooks = [layer.get_submodule(tap).register_forward_pre_hook(_keep(seen, name)) for name, tap in TAPS.items()]
             out = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=cosine_sine)
@@ -98,8 +101,32 @@ def _load(layer: nn.Module, prefix: str, dense: Dense, directory: Path) -> None:
                 f"{directory}: tensor {prefix + name!r} is {list(found.shape)}, config.json asks for {list(parameter.shape)}; "
                 "the two belong to different models"
             )
-        state[name] = found.float()
+        state[name] = found.double()
     layer.load_state_dict(state, strict=True, assign=True)
+
+
+def _rotary(module: Any, config: Any, tokens: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position, float64 [1, tokens, head_dim]; transformers' own are float32."""
+    frequencies = module.inv_freq.double()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    base = parameters.get("rope_theta", getattr(config, "rope_theta", None))
+    if getattr(module, "rope_type", "default") == "default" and base:
+        pairs = torch.arange(len(frequencies), dtype=torch.float64)
+        frequencies = float(base) ** (-pairs / len(frequencies))
+    angles = torch.arange(tokens, dtype=torch.float64)[:, None] * frequencies
+    angles = torch.cat((angles, angles), -1)[None]
+    return angles.cos() * module.attention_scaling, angles.sin() * module.attention_scaling
+
+
+def _widen_norms(layer: nn.Module) -> None:
+    """Let RMS norms compute in float64; transformers' go through float32 whatever the model's dtype is."""
+    for norm in layer.modules():
+        if type(norm).__name__.endswith("RMSNorm"):
+            norm.forward = partial(_rms_norm, norm)
+
+
+def _rms_norm(norm: Any, x: Tensor) -> Tensor:
+    return norm.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon))
 
 
 def _keep(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any], None]:

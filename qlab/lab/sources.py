@@ -15,7 +15,7 @@ from qlab.inputs import random_activations, random_weight
 from qlab.lab.activations import TAPS, layer_inputs, tokenize
 from qlab.lab.model_files import ModelFiles
 from qlab.lab.run import SAME, Layer
-from qlab.weights import Int4Weight
+from qlab.weights import Int4Weight, round_once
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def same_weights(
 ) -> Iterator[Layer]:
     """Mode ``same``: each layer's one Int4Weight and one x for every kernel.
 
-    x comes from the float32 model in ``original``; without one from the checkpoint's own dequantised model, whose previous
+    x comes from the float64 model in ``original``; without one from the checkpoint's own dequantised model, whose previous
     operations already hold AWQ's 1 / s. ``trusted`` is the checkpoint that a probe compares with.
     """
     model = ModelFiles(directory)
@@ -65,7 +65,7 @@ def same_weights(
 def own_weights(awq: Path, gptq: Path, request: Request, *, original: Path | None = None) -> Iterator[Layer]:
     """Mode ``own``: each checkpoint's weight with the input that it expects.
 
-    x comes from the float32 model in ``original`` (without one, from GPTQ's own dequantised model). AWQ's x' is RN(x / s)
+    x comes from the float64 model in ``original`` (without one, from GPTQ's own dequantised model). AWQ's x' is RN(x / s)
     where the checkpoint keeps s; otherwise it comes from running the AWQ checkpoint itself.
     """
     models = {"awq": ModelFiles(awq), "gptq": ModelFiles(gptq)}
@@ -94,7 +94,7 @@ def _activations(model: ModelFiles, request: Request) -> Iterator[tuple[str, Ten
         for tap, x in seen.items():
             name = f"model.layers.{index}.{tap}"
             if fnmatch.fnmatch(name, request.layers):
-                yield name, x.to(request.dtype)
+                yield name, round_once(x, request.dtype)
 
 
 def _in_dtype(weight: Int4Weight, dtype: torch.dtype) -> Int4Weight:

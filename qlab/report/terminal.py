@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -53,7 +54,11 @@ class Titled:
 
     def __init__(self, title: str, gap: int = 1) -> None:
         self.title, self.table = title, Table(box=BOX, padding=(0, gap, 0, 0), pad_edge=False)
-        self.column, self.row = self.table.add_column, self.table.add_row
+        self.row = self.table.add_row
+
+    def column(self, name: str, **options: Any) -> None:
+        """A column whose words are broken where they do not fit, and never cut."""
+        self.table.add_column(name, overflow="fold", **options)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(self.title, style="bold")
@@ -64,9 +69,9 @@ def kernel_table(r: LabResult) -> Titled:
     """Kernels that ran, over all layers: distance from float64, repeatability, bitwise class."""
     t = Titled("Error against float64, all layers", gap=0)
     t.column("", justify="right", no_wrap=True)
-    t.column("kernel", no_wrap=True)
-    for name in ("rel. L2", "ULP med", "ULP max", "err/Σ|xw|", "noise", "same", "class"):
-        t.column(name, justify="right", no_wrap=True)
+    t.column("kernel", no_wrap=True, vertical="bottom")
+    for name in ("rel. L2", "ULP\nmed", "ULP\nmax", "error/\nΣ|x||w|", "noise", "same", "class"):
+        t.column(name, justify="right", no_wrap=True, vertical="bottom")
     letters, numbers = class_letters(r), numbered(r.ran())
     for key in r.ran():
         c = r.cell(TOTAL, key)
@@ -207,7 +212,7 @@ def short(name: str) -> str:
 def number(v: float) -> str:
     if v == 0 or not math.isfinite(v):
         return f"{v:g}"
-    if 0.01 <= v < 1000:
+    if 0.01 <= v < 999.5:
         return f"{v:.3g}"
     mantissa, _, exponent = f"{v:.2e}".partition("e")
     return f"{mantissa}e{int(exponent)}"

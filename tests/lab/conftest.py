@@ -1,110 +1,19 @@
-"""A tiny Llama in fp16 and as checkpoints, kernels with planted behaviour, and plans that run them."""
+"""Kernels with planted behaviour, and plans that run them."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from qlab import checkpoint, environment, hardware
+from qlab import environment, hardware
 from qlab.backends.registry import YES, Kernel, Packed, Problem, Support, kernel
-from qlab.data import model_directory
-from qlab.errors import CheckpointError
 from qlab.inputs import random_activations, random_weight
 from qlab.lab.run import SAME, Layer, Plan, run
-from qlab.quantize import rtn
+from tests.tiny_llama import awq, gptq, parameters, tokenizer_files, unquantised, write_checkpoint
 
-HIDDEN, KV, INTER, LAYERS, VOCAB = 128, 64, 256, 2, 2048
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": HIDDEN,
-    "intermediate_size": INTER,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 512,
-    "torch_dtype": "float16",
-}
-LINEARS = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KV, HIDDEN),
-    "self_attn.v_proj": (KV, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTER, HIDDEN),
-    "mlp.up_proj": (INTER, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTER),
-}
-"""Module to the shape [N, K] of its parameter."""
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-
-
-@pytest.fixture(scope="session")
-def tokenizer_files():
-    try:
-        folder = model_directory("fp16")
-    except CheckpointError as absent:
-        pytest.skip(str(absent))
-    return {name: folder / name for name in TOKENIZER}
-
-
-@pytest.fixture(scope="session")
-def parameters():
-    """Every parameter of the tiny model by its Hugging Face name, fp16."""
-    g = torch.Generator().manual_seed(7)
-    out = {"model.embed_tokens.weight": torch.randn((VOCAB, HIDDEN), generator=g), "model.norm.weight": torch.ones(HIDDEN)}
-    for i in range(LAYERS):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            out[f"model.layers.{i}.{norm}.weight"] = 1 + 0.1 * torch.randn(HIDDEN, generator=g)
-        for name, shape in LINEARS.items():
-            out[f"model.layers.{i}.{name}.weight"] = torch.randn(shape, generator=g) / shape[1] ** 0.5
-    out["lm_head.weight"] = torch.randn((VOCAB, HIDDEN), generator=g)
-    return {name: t.half() for name, t in out.items()}
-
-
-@pytest.fixture(scope="session")
-def unquantised(parameters, tokenizer_files, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "fp16"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    save_file(parameters, folder / "model.safetensors", metadata={"format": "pt"})
-    for name, path in tokenizer_files.items():
-        shutil.copy(path, folder / name)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def write_checkpoint(parameters, tokenizer_files):
-    """Write the tiny model, rounded to nearest in groups of 32, as ``awq`` (asymmetric) or ``gptq`` (symmetric)."""
-
-    def write(folder, method, *, scaled=False):
-        linear = {name for name in parameters if name.removesuffix(".weight").endswith(tuple(LINEARS))}
-        weights = {}
-        for name in sorted(linear):
-            module = name.removesuffix(".weight")
-            w = rtn.quantize(parameters[name].float().t(), 32, symmetric=method == "gptq", name=module)
-            if scaled:  # one scale for every module that shares an input
-                w = replace(w, input_scale=(torch.arange(w.K).float() % 37 + 5) / 16)
-            weights[module] = w
-        others = {name: t for name, t in parameters.items() if name not in linear}
-        return checkpoint.write(folder, method, weights, others, CONFIG, extra_files=tokenizer_files)
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def awq(write_checkpoint, tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("models") / "awq", "awq")
-
-
-@pytest.fixture(scope="session")
-def gptq(write_checkpoint, tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("models") / "gptq", "gptq")
+__all__ = ["awq", "gptq", "parameters", "tokenizer_files", "unquantised", "write_checkpoint"]
 
 
 class Planted(Kernel):

@@ -1,0 +1,5 @@
+"""The tiny Llama, for the command to run over."""
+
+from tests.tiny_llama import awq, gptq, parameters, tokenizer_files, unquantised, write_checkpoint
+
+__all__ = ["awq", "gptq", "parameters", "tokenizer_files", "unquantised", "write_checkpoint"]
