@@ -24,7 +24,7 @@ def main(
     shape: Annotated[list[str] | None, typer.Option(help="M,K,N of a random layer, in place of a model; repeatable")] = None,
     group: Annotated[int | None, typer.Option(help="group size with --shape, 128 by default; -1 for whole columns")] = None,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16")] = "float16",
-    tokens: Annotated[int | None, typer.Option(help="rows of activations; 16 on a CPU, 64 on a GPU")] = None,
+    tokens: Annotated[int | None, typer.Option(help="rows of activations; 16 by default")] = None,
     text: Annotated[Path | None, typer.Option(help="text that the activations come from; a held-out one by default")] = None,
     layers: Annotated[str, typer.Option(help="glob over layer names, e.g. '*.0.*'")] = "*",
     kernels: Annotated[str | None, typer.Option(help="comma-separated globs over kernel names, or vLLM labels")] = None,

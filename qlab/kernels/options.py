@@ -18,7 +18,7 @@ from qlab.lab import sources
 from qlab.lab.model_files import ModelFiles
 from qlab.lab.run import SAME, Layer, Plan
 
-CPU_TOKENS, GPU_TOKENS = 16, 64
+TOKENS = 16
 GROUP = 128
 """Group size of ``--shape``."""
 DTYPES = {"float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
@@ -105,7 +105,7 @@ def work(o: Options) -> Work:
             raise QlabError(f"{option} {path}: the folder {path.absolute().parent} cannot be written; name another")
     if o.plot and o.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise QlabError(f"--plot {o.plot}: name a .png, .svg or .pdf file")
-    tokens = o.tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
+    tokens = o.tokens or TOKENS
     layers, count, model, directories = _layers(o, tokens)
     plan = Plan(
         kernels=_kernels(o.kernels),
