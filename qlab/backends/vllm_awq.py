@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlab.backends.registry import Packed, Problem, register
 from qlab.backends.vllm_extension import operators
-from qlab.backends.vllm_kernel import VllmKernel, awq_range, first, needs
+from qlab.backends.vllm_kernel import VllmKernel, aligned, awq_range, first, needs
 from qlab.packing import awq
 from qlab.weights import Int4Weight
 
@@ -47,9 +47,9 @@ class AwqGemm(_Awq):
             ),
         )
 
-    def run(self, x: Tensor, packed: Packed) -> Tensor:
+    def _call(self, x: Tensor, packed: Packed) -> Tensor:
         t = packed.tensors
-        y: Tensor = operators().awq_gemm(x.contiguous(), t["qweight"], t["scales"], t["qzeros"], SPLIT_K)
+        y: Tensor = operators().awq_gemm(aligned(x.contiguous()), t["qweight"], t["scales"], t["qzeros"], SPLIT_K)
         return y
 
 
@@ -66,7 +66,7 @@ class AwqDequantize(_Awq):
             needs(problem.K % 8 == 0, f"awq_dequantize needs K to be a multiple of 8, not {problem.K}"),
         )
 
-    def run(self, x: Tensor, packed: Packed) -> Tensor:
+    def _call(self, x: Tensor, packed: Packed) -> Tensor:
         t = packed.tensors
         w: Tensor = operators().awq_dequantize(t["qweight"], t["scales"], t["qzeros"], 0, 0, 0)
         return torch.matmul(x, w)

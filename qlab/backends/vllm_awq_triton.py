@@ -56,7 +56,7 @@ class AwqTriton(VllmKernel):
         packed = awq.pack(weight)
         return {"qweight": packed.qweight, "qzeros": packed.qzeros, "scales": packed.scales}
 
-    def run(self, x: Tensor, packed: Packed) -> Tensor:
+    def _call(self, x: Tensor, packed: Packed) -> Tensor:
         code = module()
         if isinstance(code, Missing):
             raise UnsupportedError(f"{self.name}: {code.reason}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlab.backends.registry import Packed, Problem, register
 from qlab.backends.vllm_extension import operators
-from qlab.backends.vllm_kernel import VllmKernel, first, needs, sort_groups
+from qlab.backends.vllm_kernel import VllmKernel, aligned, first, needs, sort_groups
 from qlab.packing import act_order, gptq
 from qlab.weights import Int4Weight
 
@@ -52,9 +52,11 @@ class GptqGemm(VllmKernel):
         operators().gptq_shuffle(packed.qweight, order, 4)  # in place
         return {"qweight": packed.qweight, "qzeros": packed.qzeros, "scales": packed.scales, "order": order}
 
-    def run(self, x: Tensor, packed: Packed) -> Tensor:
+    def _call(self, x: Tensor, packed: Packed) -> Tensor:
         t, v2 = packed.tensors, _version(packed.problem) == 2
-        y: Tensor = operators().gptq_gemm(x.contiguous(), t["qweight"], t["qzeros"], t["scales"], t["order"], True, v2, 4)
+        y: Tensor = operators().gptq_gemm(
+            aligned(x.contiguous()), t["qweight"], t["qzeros"], t["scales"], t["order"], True, v2, 4
+        )
         return y
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlab.backends.registry import YES, Kernel, Packed, Problem, Support
 from qlab.backends.vllm_extension import Missing, extension
-from qlab.errors import PackingError
+from qlab.errors import PackingError, UnsupportedError
 from qlab.weights import Int4Weight
 
 
@@ -24,6 +24,10 @@ class VllmKernel(Kernel):
     @abstractmethod
     def tensors(self, weight: Int4Weight) -> Mapping[str, Tensor]:
         """The operator's tensors for a weight on a GPU that it does not refuse."""
+
+    @abstractmethod
+    def _call(self, x: Tensor, packed: Packed) -> Tensor:
+        """The operator's y [M, N] for x that :func:`check_x` has passed, M at least 1."""
 
     def supports(self, problem: Problem, device: torch.device) -> Support:
         if device.type != "cuda":
@@ -39,6 +43,13 @@ class VllmKernel(Kernel):
             raise PackingError(f"{where}{self.name} cannot hold it: {support.reason}")
         return Packed(self.tensors(weight), problem)
 
+    def run(self, x: Tensor, packed: Packed) -> Tensor:
+        """y [M, N]; rows of x may lie any distance apart. Raises UnsupportedError for an x that does not fit the weight."""
+        check_x(x, packed)
+        if not len(x):  # some operators fail on an empty grid
+            return x.new_empty((0, packed.problem.N))
+        return self._call(x, packed)
+
     def missing(self) -> str:
         """Why this kernel's code is not here; empty when it is."""
         found = extension()
@@ -47,6 +58,28 @@ class VllmKernel(Kernel):
     def version(self) -> str:
         found = extension()
         return "" if isinstance(found, Missing) else str(found)
+
+
+def check_x(x: Tensor, packed: Packed) -> None:
+    """Raise UnsupportedError unless x is [M, K] of the weight's dtype on its device, with rows of consecutive elements.
+
+    The operators check little of this; given less they read beyond x or take one number format for another.
+    """
+    k, dtype = packed.problem.K, packed.problem.dtype
+    device = next(iter(packed.tensors.values())).device
+    if x.ndim != 2 or x.shape[1] != k:
+        raise UnsupportedError(f"x must be [M, {k}], not {list(x.shape)}")
+    if x.dtype != dtype:
+        raise UnsupportedError(f"x is {x.dtype} and the weight was packed for {dtype}: cast x")
+    if x.device != device:
+        raise UnsupportedError(f"x is on {x.device} and the weight on {device}: move x")
+    if x.stride(1) != 1:
+        raise UnsupportedError(f"x has a last stride of {x.stride(1)}; it must be 1: call x.contiguous()")
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it, at an address that the operators' 16-byte loads can read."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def first(*reasons: str) -> str:

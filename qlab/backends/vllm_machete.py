@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlab.backends.registry import Packed, Problem, register
 from qlab.backends.vllm_extension import UINT4, UINT4B8, operators
-from qlab.backends.vllm_kernel import VllmKernel, awq_range, first, needs, sort_groups
+from qlab.backends.vllm_kernel import VllmKernel, aligned, awq_range, first, needs, sort_groups
 from qlab.packing import nibbles
 from qlab.weights import ACTIVATION_DTYPES, Int4Weight
 
@@ -65,13 +65,22 @@ class Machete(VllmKernel):
         tensors["qweight"] = operators().machete_prepack_B(column_major, dtype, self._type, dtype)
         return tensors
 
-    def run(self, x: Tensor, packed: Packed) -> Tensor:
+    def _call(self, x: Tensor, packed: Packed) -> Tensor:
         t, p = packed.tensors, packed.problem
         if "order" in t:
             x = x.index_select(1, t["order"])
         group_size = -1 if p.group_size == p.K else p.group_size
         y: Tensor = operators().machete_mm(
-            x.contiguous(), t["qweight"], self._type, None, t["scales"], t.get("scaled_zeros"), group_size, None, None, None
+            aligned(x.contiguous()),
+            t["qweight"],
+            self._type,
+            None,
+            t["scales"],
+            t.get("scaled_zeros"),
+            group_size,
+            None,
+            None,
+            None,
         )
         return y
 

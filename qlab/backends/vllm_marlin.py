@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlab.backends.registry import Packed, Problem, register
 from qlab.backends.vllm_extension import UINT4, UINT4B8, operators
-from qlab.backends.vllm_kernel import VllmKernel, awq_range, first, needs, sort_groups
+from qlab.backends.vllm_kernel import VllmKernel, aligned, awq_range, first, needs, sort_groups
 from qlab.packing import act_order, marlin, nibbles
 from qlab.weights import ACTIVATION_DTYPES, Int4Weight
 
@@ -80,10 +80,10 @@ class Marlin(VllmKernel):
             "order": order,
         }
 
-    def run(self, x: Tensor, packed: Packed) -> Tensor:
+    def _call(self, x: Tensor, packed: Packed) -> Tensor:
         t, p = packed.tensors, packed.problem
         y: Tensor = operators().marlin_gemm(
-            x,
+            readable(x),
             None,
             t["qweight"],
             None,
@@ -104,6 +104,12 @@ class Marlin(VllmKernel):
             False,
         )
         return y
+
+
+def readable(x: Tensor) -> Tensor:
+    """x where Marlin can read it in place, rows apart by a multiple of 8 elements; otherwise a copy."""
+    in_place = x.stride(0) >= x.shape[1] and x.stride(0) % 8 == 0
+    return aligned(x if in_place else x.clone(memory_format=torch.contiguous_format))
 
 
 def workspace(device: torch.device) -> Tensor:
