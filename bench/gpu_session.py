@@ -61,6 +61,7 @@ def steps(hw: str, out: Path, minutes: float) -> list[Step]:
         Step("model-own", (*lab, "--weights", "own", "--json", f"{out}/model-own.json", "--plot", f"{out}/model-own.png"), 90),
         Step("model-bf16", (*lab, "--dtype", "bf16", "--probe", "--json", f"{out}/model-bf16.json"), 90),
         Step("shapes", (*lab, *shapes, "--json", f"{out}/shapes.json"), 150),
+        Step("ladder", ("bench.climb_ladder", "--json", f"{out}/ladder.json"), 150),
         Step("tests", ("pytest", "-q", "-m", "gpu or vllm", "tests", "-p", "no:cacheprovider"), 240),
         Step(
             "silicon",
