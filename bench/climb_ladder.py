@@ -118,7 +118,7 @@ def climb_apart(k: Kernel, device: torch.device, folder: Path, limit: float, dea
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=limit)
         fault = "" if ran.returncode == 0 else f"exit status {ran.returncode}: {_last_line(ran.stderr)}"
     except subprocess.TimeoutExpired:
-        fault = f"stopped after {limit:.0f} s"
+        fault = f"stopped after {limit:.1f} s"
     rungs = tuple(_read(lines)) if lines.exists() else ()
     return Climb(k.name, k.version(), "", fault, round(time.monotonic() - start, 1), rungs)
 
