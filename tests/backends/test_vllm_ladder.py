@@ -176,3 +176,11 @@ def test_contiguous_rows_at_an_odd_address_are_copied(name: str, seen: Seen) -> 
     run(name, x)
     assert torch.equal(seen.x[0], x)
     assert seen.x[0].data_ptr() % 16 == 0
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "vllm.awq_dequantize"])
+def test_rows_that_share_memory_are_copied(name: str, seen: Seen) -> None:
+    x = torch.arange(64).to(torch.float16).expand(3, 64)
+    run(name, x)
+    assert torch.equal(seen.x[0], x)
+    assert seen.x[0].is_contiguous()
