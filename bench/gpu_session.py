@@ -3,7 +3,8 @@
     QLAB_VLLM_EXTENSION=/path/_C.abi3.so python -m bench.gpu_session --out results/h100 --hw h100
 
 Each step is a process of its own with its own time limit, so that a step that fails or hangs costs nothing but itself.
-``session.json`` says how each ended. Start again with ``--only`` to repeat single steps.
+``session.json`` says how each ended. Start again with ``--only`` to repeat single steps; what the
+others left stays.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlab.environment import Environment, collect
-from qlab.serial import write_json
+from qlab.serial import read_json, write_json
 
 SCHEMA = "qlab.session/1"
 SHAPES = [f"{m},{k},{n}" for k, n in ((4096, 4096), (14336, 4096), (4096, 28672)) for m in (1, 16, 64, 256)]
@@ -86,11 +87,14 @@ def main() -> int:
         if unknown := sorted(set(names) - {s.name for s in chosen}):
             parser.error(f"--only {unknown[0]}: no such step; steps are {', '.join(s.name for s in chosen)}")
         chosen = [s for s in chosen if s.name in names]
-    environment, outcomes = collect(), []
+    record, environment = args.out / "session.json", collect()
+    before = read_json(Session, record, SCHEMA).steps if args.only and record.exists() else ()
+    outcomes: list[Outcome] = []
     for step in chosen:
         outcomes.append(run(step, args.out))
-        write_json(args.out / "session.json", Session(SCHEMA, environment, tuple(outcomes)))
-    return max(abs(o.status) for o in outcomes)
+        kept = [o for o in before if o.name not in {done.name for done in outcomes}]
+        write_json(record, Session(SCHEMA, environment, (*kept, *outcomes)))
+    return 1 if any(o.status for o in outcomes) else 0
 
 
 def run(step: Step, out: Path) -> Outcome:

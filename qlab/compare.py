@@ -63,7 +63,7 @@ def ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
     info = torch.finfo(dtype)
     smallest = info.smallest_normal * info.eps
     _, exponent = torch.frexp(exact)
-    # An exponent of float64, since ldexp takes powers of an integer exponent in float32; frexp gives zero the exponent of 1/2.
+    # A float64 exponent, since older PyTorch takes 2 to an integer power in float32; frexp gives zero the exponent of 1/2.
     spacing = torch.ldexp(torch.full_like(exact, info.eps), exponent.double() - 1)
     return torch.where(exact == 0, smallest, spacing).clamp(min=smallest)
 

@@ -128,6 +128,15 @@ def test_damaged_files_give_one_sentence(tmp_path, content):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity"])
+def test_floats_that_json_does_not_have_are_refused(tmp_path, literal):
+    path = tmp_path / "r.json"
+    serial.write_json(path, TREE)
+    path.write_text(path.read_text().replace("0.1", literal))
+    with pytest.raises(QlabError, match=f"r.json is not JSON: it has no {literal}"):
+        serial.read_json(Tree, path, SCHEMA)
+
+
 def test_every_cut_of_a_file_is_refused(tmp_path):
     path = tmp_path / "r.json"
     serial.write_json(path, TREE)

@@ -250,6 +250,24 @@ def test_bf16_names_why_the_interpreter_does_not_run():
     assert "bfloat16" in text
 
 
+def test_the_defaults_run_the_shipped_model_within_a_minute(tmp_path):
+    for kind in ("gptq", "fp16"):
+        try:
+            data.model_directory(kind)
+        except CheckpointError as absent:
+            pytest.skip(str(absent))
+    done = command("--hw", "h100", "--json", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    assert "…" not in done.stdout
+    r = LabResult.read(tmp_path / "r.json")
+    assert r.seconds < 60
+    assert len(r.layers()) == 13
+    assert {(i.K, i.N) for i in r.inputs} == {(512, 1024), (512, 512), (512, 2048), (1024, 512)}
+    assert {"reference.float64", "triton.awq_gemm", "triton.gptq_gemm"} <= set(r.ran())
+    assert all(r.cell(TOTAL, key).error.relative_l2 < 3e-4 for key in r.ran())
+    assert all(c.repeatable is not False for c in r.cells)
+
+
 def test_help_in_a_process_of_its_own():
     done = command("--help", width=100)
     assert done.returncode == 0

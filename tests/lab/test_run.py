@@ -12,8 +12,10 @@ from qlab import compare, hardware
 from qlab.backends.reference import oracle
 from qlab.backends.registry import Support
 from qlab.errors import PackingError, QlabError
+from qlab.inputs import random_activations, random_weight
 from qlab.lab import run as lab
 from qlab.lab.results import SCHEMA, TOTAL, LabResult
+from qlab.lab.run import Layer
 from qlab.serial import write_json
 
 KERNELS = ("reference.float64", "reference.float32", "triton.gptq_gemm")
@@ -156,6 +158,32 @@ def test_totals_follow_from_the_layers(result, planted, make_layers):
             assert total.differing[i][j] == pytest.approx(share, rel=1e-12)
     assert total.spread == compare.off_diagonal(total.relative_l2)
     assert r.layers() == (*(x.name for x in make_layers()), TOTAL)
+
+
+def test_the_worst_layer_gives_the_totals_worst(result, planted):
+    def first_layer_is_far_off(y, call):
+        if call <= 2:
+            y[0, 0] += 100
+        return y
+
+    *layers, total = cells(result(planted("planted", first_layer_is_far_off)), "planted")
+    assert layers[0].error.ulp_max > 100 * layers[1].error.ulp_max
+    assert total.error.ulp_max == layers[0].error.ulp_max
+    assert total.error.backward == layers[0].error.backward > layers[1].error.backward
+
+
+def test_two_sources_are_compared_by_the_mean_of_their_norms(result):
+    x = random_activations(5, 128)
+    weights = {"awq": random_weight(128, 64, 32, seed=1), "gptq": random_weight(128, 64, 32, symmetric=True, seed=2)}
+    inputs = {"awq": 3 * x, "gptq": x}
+    r = result("reference.float64", layers=[Layer("one", weights, inputs)], mode="own")
+    assert r.ran() == ("reference.float64@awq", "reference.float64@gptq")
+    a, b = (oracle(inputs[s], weights[s]) for s in ("awq", "gptq"))
+    norm = math.sqrt(float(a.square().sum() + b.square().sum()) / 2)
+    for pairs in r.pairs:
+        assert pairs.relative_l2[0][1] == pytest.approx(float((a - b).norm()) / norm, rel=1e-3)  # outputs are rounded to fp16
+    assert [(i.source, i.symmetric) for i in r.inputs] == [("awq", False), ("gptq", True)]
+    assert all(c.error.ulp_max <= 0.5 + 1e-9 for c in r.cells)  # each against its own exact output
 
 
 def test_cells_agree_with_the_kernels_run_by_hand(result, make_layers):
