@@ -21,6 +21,8 @@ from qlab.lab.run import SAME, Layer, Plan
 TOKENS = 16
 GROUP = 128
 """Group size of ``--shape``."""
+MOST = 2**31
+"""Elements of a ``--shape``'s largest matrix; float64 takes 16 GiB for them."""
 DTYPES = {"float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 LABELS = {
     "awq": ("vllm.awq_gemm", "vllm.awq_dequantize"),
@@ -197,6 +199,8 @@ def _shape(text: str, group: int) -> tuple[int, int, int]:
         raise QlabError(f"--shape {text!r} is not M,K,N, for example 16,4096,4096") from None
     if min(m, k, n) < 1:
         raise QlabError(f"--shape {text}: M, K and N must be positive")
+    if max(m * k, k * n, m * n) > MOST:
+        raise QlabError(f"--shape {text}: a matrix would have more than {MOST} elements; name a smaller shape")
     if group != -1 and (group < 1 or k % group):
         raise QlabError(f"--group {group} does not divide K={k} of --shape {text}; use -1 for whole columns")
     return m, k, n

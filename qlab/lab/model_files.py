@@ -1,4 +1,4 @@
-"""One view of a model directory, quantised or not: fused INT4 weights out of it, and parameters to run it in float32."""
+"""One view of a model directory, quantised or not: fused INT4 weights out of it, and parameters to run it."""
 
 from __future__ import annotations
 

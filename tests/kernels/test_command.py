@@ -64,6 +64,7 @@ def refused(result):
         ("--shape axbxc", "--shape 'axbxc' is not M,K,N"),
         ("--shape 4,1e2,64", "--shape '4,1e2,64' is not M,K,N"),
         ("--shape 0,128,64", "--shape 0,128,64: M, K and N must be positive"),
+        ("--shape 16,1000000,1000000", "--shape 16,1000000,1000000: a matrix would have more than 2147483648 elements"),
         ("--shape 4,-128,64", "--shape 4,-128,64: M, K and N must be positive"),
         ("--shape 4,128,64 --group 48", "--group 48 does not divide K=128"),
         ("--shape 4,128,64 --group 0", "--group 0 does not divide K=128"),

@@ -34,22 +34,58 @@ def inputs(folder, ids=None):
     }
 
 
+def by_hand(parameters, ids):
+    """Llama as its paper has it, in float64: what each fused linear of the tiny model receives."""
+    p = {name: t.double() for name, t in parameters.items()}
+    heads, kv_heads, width = 4, 2, 32
+    at = torch.arange(len(ids)).double()[:, None] * 10000.0 ** (-torch.arange(width // 2).double() / (width // 2))
+
+    def norm(x, weight):
+        return weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def turned(x, count):
+        low, high = x.reshape(len(ids), count, width).transpose(0, 1).split(width // 2, -1)
+        return torch.cat((low * at.cos() - high * at.sin(), high * at.cos() + low * at.sin()), -1)
+
+    hidden, seen = p["model.embed_tokens.weight"][ids], {}
+    for name in (f"model.layers.{i}" for i in range(2)):
+        linear = {k.removeprefix(f"{name}."): v for k, v in p.items() if k.startswith(name)}
+        x = seen[f"{name}.self_attn.qkv_proj"] = norm(hidden, linear["input_layernorm.weight"])
+        q, k, v = (x @ linear[f"self_attn.{s}_proj.weight"].t() for s in "qkv")
+        q, k = turned(q, heads), turned(k, kv_heads).repeat_interleave(heads // kv_heads, 0)
+        v = v.reshape(len(ids), kv_heads, width).transpose(0, 1).repeat_interleave(heads // kv_heads, 0)
+        scores = (q @ k.transpose(1, 2) / width**0.5).masked_fill(torch.ones(len(ids), len(ids)).triu(1).bool(), -torch.inf)
+        x = seen[f"{name}.self_attn.o_proj"] = (scores.softmax(-1) @ v).transpose(0, 1).reshape(len(ids), -1)
+        hidden = hidden + x @ linear["self_attn.o_proj.weight"].t()
+        x = seen[f"{name}.mlp.gate_up_proj"] = norm(hidden, linear["post_attention_layernorm.weight"])
+        gate, up = x @ linear["mlp.gate_proj.weight"].t(), x @ linear["mlp.up_proj.weight"].t()
+        x = seen[f"{name}.mlp.down_proj"] = gate * gate.sigmoid() * up
+        hidden = hidden + x @ linear["mlp.down_proj.weight"].t()
+    return seen
+
+
+def test_against_llama_written_by_hand(unquantised, parameters):
+    got = inputs(unquantised)
+    wanted = by_hand(parameters, tokenize(unquantised, TEXT, TOKENS))
+    assert list(got) == list(wanted) == [f"model.layers.{i}.{tap}" for i in range(2) for tap in TAPS]
+    for name, x in got.items():
+        assert x.dtype == torch.float64
+        torch.testing.assert_close(x, wanted[name], rtol=1e-11, atol=1e-11)
+
+
 def test_against_the_whole_model(unquantised):
-    model = AutoModelForCausalLM.from_pretrained(unquantised, dtype=torch.float32).eval()
+    """transformers' own forward pass, whose norms and rotations are float32."""
+    model = AutoModelForCausalLM.from_pretrained(unquantised, dtype=torch.float64).eval()
     seen = {}
     for name, module in model.named_modules():
         for tap, inner in TAPS.items():
             if name.endswith(inner):
                 key = name.removesuffix(inner) + tap
                 module.register_forward_pre_hook(lambda m, args, key=key: seen.__setitem__(key, args[0][0].clone()))
-    ids = tokenize(unquantised, TEXT, TOKENS)
     with torch.no_grad():
-        model(ids[None])
-    got = inputs(unquantised)
-    assert list(got) == [f"model.layers.{i}.{tap}" for i in range(2) for tap in TAPS]
-    for name, x in got.items():
-        assert x.shape == seen[name].shape
-        torch.testing.assert_close(x, seen[name], rtol=1e-5, atol=1e-5)
+        model(tokenize(unquantised, TEXT, TOKENS)[None])
+    for name, x in inputs(unquantised).items():
+        torch.testing.assert_close(x, seen[name].double(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_later_token_does_not_change_an_earlier_row(unquantised):
@@ -58,13 +94,13 @@ def test_a_later_token_does_not_change_an_earlier_row(unquantised):
     other[-1] = (other[-1] + 1) % 2048
     a, b = inputs(unquantised, ids), inputs(unquantised, other)
     for name in a:
-        torch.testing.assert_close(a[name][:-1], b[name][:-1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(a[name][:-1], b[name][:-1], rtol=0, atol=1e-12)
         assert not torch.equal(a[name][-1], b[name][-1])
 
 
 def test_shards_of_a_fused_layer_share_their_input(unquantised):
     """What lets one tap stand for q, k and v, and for gate and up."""
-    model = AutoModelForCausalLM.from_pretrained(unquantised, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(unquantised, dtype=torch.float64).eval()
     seen = {}
     for name, module in model.model.layers[0].named_modules():
         if name.endswith("_proj"):
