@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -115,7 +116,11 @@ def climb_apart(k: Kernel, device: torch.device, folder: Path, limit: float, dea
         return Climb(k.name, k.version(), "", "not started: the time for all kernels ran out", 0.0, ())
     command = [sys.executable, "-m", "bench.climb_ladder", "--one", k.name, "--json", str(lines), "--device", str(device)]
     try:
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=limit)
+        # Several processes that each take every core for tiny tensors wait for each other most of the time.
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        ran = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace", timeout=limit
+        )
         fault = "" if ran.returncode == 0 else f"exit status {ran.returncode}: {_last_line(ran.stderr)}"
     except subprocess.TimeoutExpired:
         fault = f"stopped after {limit:.1f} s"

@@ -1,7 +1,7 @@
 """Fill the tables of README.md from the files under ``results/``: ``python -m bench.readme``.
 
-A table stands between ``<!-- table: FILE kernels -->`` (or ``pairs KERNEL,...``, or ``<!-- perplexity: FILE -->``) and
-``<!-- end -->``. A test fails when README.md does not hold what this writes.
+A table stands between ``<!-- table: FILE kernels -->`` (or ``pairs KERNEL,...``, or ``<!-- perplexity: FILE -->``,
+``<!-- recordings: FILE -->``) and ``<!-- end -->``. A test fails when README.md does not hold what this writes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qlab.report.markdown import caption, kernel_table, pair_table, table
 from qlab.serial import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(<!-- (table|perplexity): (\S+)(?: (\w+))?(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (table|perplexity|recordings): (\S+)(?: (\w+))?(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
@@ -25,7 +25,8 @@ def filled(text: str) -> str:
 
 def _block(found: re.Match[str]) -> str:
     opening, kind, file, what, keys, closing = found.groups()
-    body = _perplexity(ROOT / file) if kind == "perplexity" else _lab(ROOT / file, what, keys)
+    path = ROOT / file
+    body = _lab(path, what, keys) if kind == "table" else {"perplexity": _perplexity, "recordings": _recordings}[kind](path)
     return f"{opening}\n{body}\n\n{closing}"
 
 
@@ -41,6 +42,14 @@ def _perplexity(path: Path) -> str:
     versions = f"torch {result['environment']['torch']}"
     note = f"{result['tokens']:,} tokens of `{result['text']}`, float32, {versions}. From `{path.relative_to(ROOT)}`."
     return f"{table(['model', 'perplexity'], rows)}\n\n<sub>{note}</sub>"
+
+
+def _recordings(path: Path) -> str:
+    result = json.loads(path.read_text())
+    rows = [[f"`{k['name']}`", *(str(k[c]) for c in ("problems", "repeatable", "equal"))] for k in result["kernels"]]
+    body = table(["kernel", "problems", "repeatable on both", "of these, bitwise equal"], rows)
+    where = " and ".join(f"{gpu}, driver {driver}" for gpu, driver in zip(result["gpus"], result["drivers"], strict=True))
+    return f"{body}\n\n<sub>{where}; vLLM extension {result['extension'][:16]}. From `{path.relative_to(ROOT)}`.</sub>"
 
 
 if __name__ == "__main__":

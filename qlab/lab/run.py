@@ -66,8 +66,8 @@ def resolve_hardware(asked: hardware.Gpu, device: torch.device, cpu: str) -> Har
     here = hardware.detect()
     name = torch.cuda.get_device_properties(device).name
     if here is not None and here.same_arithmetic(asked):
-        same = "" if here.key == asked.key else f": {here.sms} SMs and the same tensor core, so the same bits as {asked.key}"
-        return Hardware(asked.key, name, "cuda", True, f"native{same}")
+        note = f"native: {here.sms} SMs and the same tensor core as {asked.key}; only cuBLAS may choose other algorithms"
+        return Hardware(asked.key, name, "cuda", True, "native" if here.key == asked.key else note)
     sms = here.sms if here else "?"
     note = (
         f"not native: this GPU has {sms} SMs, {asked.key} has {asked.sms}, or their tensor cores differ; GPU kernels do not run"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from qlab.compare import Error
 from qlab.errors import QlabError
 from qlab.lab.results import TOTAL, LabResult
-from qlab.report.terminal import number, short
+from qlab.report.terminal import short
 from qlab.serial import write_whole
 
 
@@ -27,12 +31,14 @@ def heat_maps(r: LabResult, path: Path) -> None:
     layers = r.layers()
     errors = [[_relative(r.cell(layer, key).error) for key in total.keys] for layer in layers]
     n = len(total.keys)
-    figure = Figure(figsize=(4.5 + 1.5 * n, 3.4 + 0.42 * max(n, len(layers))), layout="constrained", dpi=130)
+    height = (n, len(layers))
+    figure = Figure(figsize=(max(7.0, 2.4 + 0.56 * n), 2.6 + 0.27 * sum(height)), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=height)
     names = [short(k) for k in total.keys]
-    _draw(left, [list(row) for row in total.relative_l2], names, names, "Relative L2 distance, all layers")
-    _draw(right, errors, [short(name) for name in layers], names, "Relative L2 error against float64")
+    _draw(upper, [list(row) for row in total.relative_l2], names, "Relative L2 distance between kernels, all layers")
+    _draw(lower, errors, [short(name) for name in layers], "Relative L2 error against float64, by layer")
+    lower.set_xticks(range(n), names, rotation=40, ha="right", fontsize=8)
     gpu = r.hardware.running
     title = f"{r.model}, {r.dtype}, mode {r.mode}; --hw {r.hardware.asked} on {gpu}; inputs {r.digest[:12]}"
     figure.suptitle(title, fontsize=10, parse_math=False)
@@ -45,7 +51,7 @@ def heat_maps(r: LabResult, path: Path) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def _draw(axes, values: list[list[float]], rows: list[str], columns: list[str], title: str) -> None:  # type: ignore[no-untyped-def]
+def _draw(axes, values: list[list[float]], rows: list[str], title: str) -> None:  # type: ignore[no-untyped-def]
     from matplotlib.colors import LogNorm
 
     positive = [v for row in values for v in row if v > 0 and math.isfinite(v)]
@@ -58,11 +64,35 @@ def _draw(axes, values: list[list[float]], rows: list[str], columns: list[str], 
     for i, row in enumerate(values):
         for j, v in enumerate(row):
             dark = not (v > 0) or v > middle
-            axes.text(j, i, number(v), ha="center", va="center", fontsize=7, color="black" if dark else "white")
-    axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=8)
+            axes.text(j, i, _short_number(v), ha="center", va="center", fontsize=6.5, color="black" if dark else "white")
+    axes.tick_params(axis="x", length=0)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     axes.set_title(title, fontsize=10)
 
 
 def _relative(error: Error | None) -> float:
     return math.nan if error is None else error.relative_l2
+
+
+def _short_number(v: float) -> str:
+    """Two digits, so that a cell stays narrow."""
+    if not math.isfinite(v) or v == 0:
+        return f"{v:g}"
+    mantissa, _, exponent = f"{v:.1e}".partition("e")
+    return f"{v:.2g}" if 0.01 <= v < 1000 else f"{mantissa}e{int(exponent)}"
+
+
+def main(
+    result: Annotated[Path, typer.Argument(help="JSON that python -m qlab.kernels --json wrote")],
+    out: Annotated[Path, typer.Argument(help=".png, .svg or .pdf to write")],
+) -> None:
+    """Draw a result's heat maps anew."""
+    try:
+        heat_maps(LabResult.read(result), out)
+    except QlabError as e:
+        print(f"qlab.report.figures: {e}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)
