@@ -110,7 +110,7 @@ def work(o: Options) -> Work:
     tokens = o.tokens or TOKENS
     layers, count, model, directories = _layers(o, tokens)
     plan = Plan(
-        kernels=_kernels(o.kernels),
+        kernels=_kernels(o.kernels, machete=asked.capability == (9, 0) and not o.pin_marlin),
         asked=asked,
         device=device,
         mode=o.weights,
@@ -217,7 +217,8 @@ def _text(path: Path | None) -> str:
         raise QlabError(f"--text {path} is not UTF-8 text") from None
 
 
-def _kernels(patterns: str | None) -> Sequence[Kernel]:
+def _kernels(patterns: str | None, *, machete: bool) -> Sequence[Kernel]:
+    """Kernels by name, glob or vLLM label; a label means Machete too only where vLLM would take it."""
     from qlab.backends import registry
 
     everything = registry.kernels()
@@ -225,7 +226,7 @@ def _kernels(patterns: str | None) -> Sequence[Kernel]:
         return everything
     chosen = []
     for pattern in (p.strip() for p in patterns.split(",")):
-        names = LABELS.get(pattern, ())
+        names = [name for name in LABELS.get(pattern, ()) if machete or not name.startswith("vllm.machete.")]
         found = [k for k in everything if k.name in names or fnmatch.fnmatch(k.name, pattern)]
         if not found:
             known = ", ".join((*LABELS, *(k.name for k in everything)))

@@ -292,3 +292,15 @@ def test_every_kernel_in_a_process_of_its_own_at_80_columns():
     assert "Traceback" not in done.stderr
     for name in ("reference.float64", "triton.awq_gemm", "vllm.marlin.gptq"):
         assert name in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "machete"), [([], True), (["--pin-marlin"], False), (["--hw", "a100"], False)], ids=["h100", "pinned", "a100"]
+)
+def test_a_label_means_the_kernels_it_can_get(options, machete, tmp_path):
+    path = tmp_path / "result.json"
+    call = ["--shape", "4,128,128", "--kernels", "awq_marlin,gptq_marlin", "--json", str(path), *options]
+    assert CliRunner().invoke(app, call).exit_code == 0
+    names = {c.kernel for c in LabResult.read(path).columns}
+    both = {"vllm.marlin.awq", "vllm.marlin.gptq"}
+    assert names == (both | {"vllm.machete.awq", "vllm.machete.gptq"} if machete else both)
