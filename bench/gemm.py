@@ -30,6 +30,7 @@ from torch import Tensor
 from bench import timing
 from bench.timing import Replay
 from qlab import environment
+from qlab.backends import failure
 from qlab.backends.reference import oracle
 from qlab.backends.registry import YES, Kernel, Packed, Problem, Support, kernels
 from qlab.compare import moments
@@ -242,7 +243,7 @@ def hold(kernel: Kernel, weight: Int4Weight, s: Settings) -> tuple[Packed, ...] 
         packed = kernel.pack(weight)
         return timing.clone(packed, timing.copy_count(timing.weight_bytes(packed), s.total_bytes, s.min_copies))
     except Exception as e:
-        return _reason(e, s.device)
+        return failure.reason(e, kernel.name, s.device)
 
 
 def check(kernel: Kernel, copies: Sequence[Packed], x: Tensor, exact: Tensor) -> tuple[Entry, Replay | None]:
@@ -264,7 +265,7 @@ def check(kernel: Kernel, copies: Sequence[Packed], x: Tensor, exact: Tensor) ->
             errors += [_error(y, exact, x.dtype) for y in replay.outputs]
             reason = _wrong(errors, bound, f"of one copy among {len(copies)} ({replay.launched})")
     except Exception as e:
-        return Entry(m, k, n, kernel.name, _reason(e, x.device), None, None, None), None
+        return Entry(m, k, n, kernel.name, failure.reason(e, kernel.name, x.device), None, None, None), None
     worst = math.nan if any(map(math.isnan, errors)) else max(errors)
     return Entry(m, k, n, kernel.name, reason, worst, bound, None), None if reason else replay
 
@@ -278,13 +279,6 @@ def _error(y: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
 def _wrong(errors: Sequence[float], bound: float, what: str) -> str:
     bad = [e for e in errors if not e <= bound]  # a NaN is not within any bound
     return f"wrong: relative L2 {bad[0]:.2e} from float64 {what} exceeds {bound:.2e}" if bad else ""
-
-
-def _reason(error: Exception, device: torch.device) -> str:
-    """The error in one line; a GPU that no longer answers raises here instead."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _bytes(t: Tensor) -> int:

@@ -4,7 +4,7 @@
 
 QLAB_VLLM_SOURCE=/path/awq_triton.py adds vLLM's Triton kernel where vLLM is not installed. Every weight and every input is
 re-created from the parameters and seeds in the JSON (:func:`make_weight`, :func:`make_activations`); its digest stands beside
-them. Writes ``silicon_GPU.json`` (environment, problems, one record per problem and kernel) and ``silicon_GPU.npz`` (array
+them. Writes ``silicon.json`` (environment, problems, one record per problem and kernel) and ``silicon.npz`` (array
 ``bits``: uint16 patterns of up to 1,024 outputs per record, at :func:`sample_positions`). Both are rewritten whole as the run
 goes on; what was written stays when it is killed.
 """
@@ -25,10 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qlab.backends import failure
 from qlab.backends.registry import Kernel, Problem, kernels
 from qlab.backends.vllm_extension import Missing, extension
 from qlab.compare import differing, digest, moments
 from qlab.environment import collect
+from qlab.errors import QlabError
 from qlab.inputs import exact_activations, random_activations, random_weight
 from qlab.lab.probe import decode, judge
 from qlab.serial import write_json, write_whole
@@ -158,12 +160,10 @@ class Recorder:
 
     def __init__(self, out: Path, device: torch.device, chosen: list[Kernel]) -> None:
         found = extension()
-        environment = collect()
         self.device, self.kernels = device, chosen
-        gpu = environment.gpu.lower().replace(" ", "-") or "cpu"
-        self.json, self.npz = out / f"silicon_{gpu}.json", out / f"silicon_{gpu}.npz"
+        self.json, self.npz = out / "silicon.json", out / "silicon.npz"
         built = {"missing": found.reason} if isinstance(found, Missing) else {"sha256": found.sha256, "version": found.version}
-        self.result = Recording(SCHEMA, environment, built, {k.name: k.version() for k in chosen}, CONVENTIONS)
+        self.result = Recording(SCHEMA, collect(), built, {k.name: k.version() for k in chosen}, CONVENTIONS)
         self.bits: list[np.ndarray] = []
         self.offset = 0
         self.known: dict[tuple[int, str], tuple[int, int]] = {}
@@ -194,7 +194,7 @@ class Recorder:
                 packs[kernel], seconds = self._timed(partial(kernel.pack, weight))
                 self._first(kernel, case, "pack", seconds)
             except Exception as error:
-                refused[kernel.name] = self._reason(error)
+                refused[kernel.name] = self._reason(error, kernel)
         at = len(self.result.cases)
         self.result.cases.append({**asdict(case), "weight_digest": cpu.digest(), "refused": refused})
         exact = weight.dequantize(torch.float64)
@@ -211,7 +211,7 @@ class Recorder:
                 try:
                     record = self._record(problem, kernel, case, partial(kernel.run, x, packed), want)
                 except Exception as error:
-                    record = {"problem": problem, "kernel": kernel.name, "reason": self._reason(error)}
+                    record = {"problem": problem, "kernel": kernel.name, "reason": self._reason(error, kernel)}
                 self.result.records.append(record)
         if case.K * case.N <= PROBE_ELEMENTS:
             for kernel, packed in packs.items():
@@ -249,14 +249,14 @@ class Recorder:
                 got = decode(kernel, packed, weight.K, weight.dtype, weight.device, rows)
                 entry["result"] = judge(got, weight, kernel, weight.name, kernel.name)
             except Exception as error:
-                entry["reason"] = self._reason(error)
+                entry["reason"] = self._reason(error, kernel)
             self.result.probes.append(entry)
 
     def _timed(self, call: Callable[[], Any]) -> tuple[Any, float]:
-        self._wait()
+        failure.wait(self.device)
         start = time.monotonic()
         value = call()
-        self._wait()
+        failure.wait(self.device)
         return value, time.monotonic() - start
 
     def _first(self, kernel: Kernel, case: Case, what: str, seconds: float) -> None:
@@ -266,19 +266,13 @@ class Recorder:
             self.seen.add(key)
             self.result.first_calls.append({"kernel": kernel.name, "what": what, "dtype": case.dtype, "seconds": seconds})
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def _reason(self, error: Exception) -> str:
+    def _reason(self, error: Exception, kernel: Kernel) -> str:
         """The error's text. A GPU that no longer answers ends the run, with what was recorded written."""
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
         try:
-            self._wait()
-        except RuntimeError:
+            return failure.reason(error, kernel.name, self.device)
+        except QlabError as dead:
             self.write()
-            raise SystemExit(f"the GPU stopped after: {text}; run again --without that kernel") from error
-        return text
+            raise SystemExit(str(dead)) from error
 
 
 SUM_ORDERS: dict[str, Callable[[list[Tensor]], Tensor]] = {

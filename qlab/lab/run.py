@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlab import compare, hardware
-from qlab.backends import dispatch, reference
+from qlab.backends import dispatch, failure, reference
 from qlab.backends.registry import Kernel, Problem
 from qlab.environment import Environment
 from qlab.errors import QlabError
@@ -189,8 +189,9 @@ def _one(
         try:
             packed = kernel.pack(weight)
             ys = [kernel.run(x, packed) for _ in range(plan.runs)]
-        except QlabError as e:
-            reason = str(e)
+            failure.wait(plan.device)
+        except Exception as e:  # one broken kernel costs its own cells, not the run
+            reason = failure.reason(e, kernel.name, plan.device)
     if reason:
         tally.missing = reason
         return Cell(layer.name, column.key, reason, "", None, None, None, 0), None
@@ -233,7 +234,11 @@ def _probe(layer: Layer, column: Column, kernel: Kernel, hw: Hardware, plan: Pla
         reason = _refusal(kernel, Problem.of(weight, 1), hw, plan)
         return ProbeResult(layer.name, column.key, reason, 0, weight.K * weight.N, "", ())
     trusted = layer.expected[column.source].to(plan.device) if layer.expected else None
-    return run_probe(kernel, weight, trusted, layer=layer.name, key=column.key, shards=layer.shards)
+    try:
+        return run_probe(kernel, weight, trusted, layer=layer.name, key=column.key, shards=layer.shards)
+    except RuntimeError as e:
+        reason = failure.reason(e, kernel.name, plan.device)
+        return ProbeResult(layer.name, column.key, reason, 0, weight.K * weight.N, "", ())
 
 
 def _describe(layer: Layer, source: str) -> Input:

@@ -133,7 +133,7 @@ def test_failures_and_drift_are_recorded_and_cost_no_other_kernel(tmp_path: Path
     written, bits = recorded(tmp_path, stubs, plan)
     assert written["cases"][0]["refused"] == {
         "stub.refuses": "it never runs",
-        "stub.cannot pack": "PackingError: it does not fit",
+        "stub.cannot pack": "it does not fit",
     }
     by_kernel = {
         name: [r for r in written["records"] if r["kernel"] == f"stub.{name}"] for name in ("fails", "drifts", "works")

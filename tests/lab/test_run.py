@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qlab import compare, hardware
+from qlab.backends import failure
 from qlab.backends.reference import oracle
 from qlab.backends.registry import Support
 from qlab.errors import PackingError, QlabError
@@ -125,6 +126,56 @@ def test_a_kernel_that_refuses_shows_its_reason_and_spoils_nothing(result, plant
     assert {p.reason for p in r.probes if p.key == "refuses"} == {"needs the moon"}
     assert {p.reason for p in r.probes if p.key == "raises"} == {"group 3, column 5 has zero point 0"}
     assert cells(r, "reference.float64") == cells(result("reference.float64"), "reference.float64")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            RuntimeError("CUDA error: invalid configuration argument\nmore"),
+            "RuntimeError: CUDA error: invalid configuration argument",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory."), "OutOfMemoryError: CUDA out of memory."),
+        (AssertionError(), "AssertionError: no message"),
+    ],
+)
+def test_a_kernel_that_breaks_costs_its_own_cells_only(result, planted, error, reason):
+    def breaks(y, call):
+        raise error
+
+    packs, runs = planted("packs", pack_error=error), planted("runs", breaks)
+    r = result("reference.float64", packs, runs, "reference.float32")
+    assert {c.reason for key in ("packs", "runs") for c in cells(r, key)} == {reason}
+    assert r.ran() == ("reference.float64", "reference.float32")
+    for key in r.ran():
+        assert cells(r, key) == cells(result(key), key)
+
+
+def test_a_kernel_that_breaks_in_the_probe_costs_its_own_probe_only(result, planted):
+    def breaks(y, call):
+        if y.shape[0] != 5:  # the layer's own input has five rows
+            raise RuntimeError("CUDA error: too many resources requested for launch")
+        return y
+
+    r = result("reference.float64", planted("planted", breaks), probe=True)
+    assert r.ran() == ("reference.float64", "planted")
+    reasons = {p.key: p.reason for p in r.probes}
+    assert reasons == {"reference.float64": "", "planted": "RuntimeError: CUDA error: too many resources requested for launch"}
+
+
+def test_a_gpu_that_no_longer_answers_ends_the_run_and_names_the_kernel(result, planted, monkeypatch):
+    """An illegal access shows when the lab waits for the kernel, and from then on at every call."""
+
+    def touches_what_it_should_not(y, call):
+        monkeypatch.setattr(failure, "wait", dead)
+        return y
+
+    def dead(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(failure, "wait", failure.wait)  # put back after the test
+    with pytest.raises(QlabError, match=r"^bad stopped the GPU \(RuntimeError: CUDA error: an illegal .*\); run again without"):
+        result("reference.float64", planted("bad", touches_what_it_should_not), planted("innocent"))
 
 
 def test_a_kernel_that_ran_on_some_layers_is_not_in_the_total(result, planted, make_layers):
