@@ -64,9 +64,10 @@ def awq_dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, out: Tens
     out = launch.output(out, (k, n), scales.dtype, device)
     block_n = launch.tile(1, n, awq_dequantize_kernel)[1]
     grid = (triton.cdiv(k, block_k), triton.cdiv(n, block_n))
-    awq_dequantize_kernel[grid](
-        qweight, qzeros, scales, out, n, k, k // groups, BLOCK_N=block_n, BLOCK_K=block_k, **launch.OPTIONS
-    )
+    with torch.cuda.device_of(qweight):  # Triton launches on the current device, wherever the tensors are
+        awq_dequantize_kernel[grid](
+            qweight, qzeros, scales, out, n, k, k // groups, BLOCK_N=block_n, BLOCK_K=block_k, **launch.OPTIONS
+        )
     return out
 
 

@@ -9,7 +9,7 @@ Storage (AutoAWQ's gemm order):
 The position is p = (n % 8) // 2 + 4 * (n % 2), so the shift is arithmetic on the column and no shuffle is needed.
 
 Arithmetic: q - z is an exact integer, the product with s is rounded once to x's dtype. Products are added in fp32 by
-``tl.dot``: BLOCK_K rows a step, k ascending, one accumulator per output; on a GPU that is one chain of tensor-core steps of
+``tl.dot``: BLOCK_K rows a step, k ascending, one accumulator per output; on a GPU one chain of tensor-core instructions of
 16 k each, in Triton's interpreter numpy's dot of each BLOCK_K followed by one fp32 addition. The sum is rounded once to y.
 
 Split-K: slice s takes the contiguous rows [s * SPAN, (s + 1) * SPAN), SPAN a multiple of BLOCK_K, and writes its fp32 sum
@@ -101,25 +101,26 @@ def awq_gemm(
     target = out if count == 1 else torch.empty((count, m, n), dtype=torch.float32, device=device)
     block_m, block_n = launch.tile(m, n, awq_gemm_kernel)
     grid = (triton.cdiv(m, block_m), triton.cdiv(n, block_n), count)
-    awq_gemm_kernel[grid](
-        x,
-        qweight,
-        qzeros,
-        scales,
-        target,
-        m,
-        n,
-        k,
-        k // groups,
-        span,
-        x.stride(0),
-        EVEN_K=k % block_k == 0,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        **launch.OPTIONS,
-    )
-    return out if count == 1 else join_partials(target, out)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
+        awq_gemm_kernel[grid](
+            x,
+            qweight,
+            qzeros,
+            scales,
+            target,
+            m,
+            n,
+            k,
+            k // groups,
+            span,
+            x.stride(0),
+            EVEN_K=k % block_k == 0,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            **launch.OPTIONS,
+        )
+        return out if count == 1 else join_partials(target, out)
 
 
 def _variants() -> tuple[Variant, ...]:

@@ -11,7 +11,7 @@ Storage (AutoGPTQ's):
 With act-order the rows stay where they are and each gathers its own zero point and scale.
 
 Arithmetic: q - z is an exact integer, the product with s is rounded once to x's dtype. Products are added in fp32 by
-``tl.dot``: BLOCK_K rows a step, k ascending, one accumulator per output; on a GPU that is one chain of tensor-core steps of
+``tl.dot``: BLOCK_K rows a step, k ascending, one accumulator per output; on a GPU one chain of tensor-core instructions of
 16 k each, in Triton's interpreter numpy's dot of each BLOCK_K followed by one fp32 addition. The sum is rounded once to y.
 The order is that of ``awq_gemm``, so both give the same bits for the same weight without act-order.
 
@@ -130,28 +130,29 @@ def gptq_gemm(
     target = out if count == 1 else torch.empty((count, m, n), dtype=torch.float32, device=device)
     block_m, block_n = launch.tile(m, n, gptq_gemm_kernel)
     grid = (triton.cdiv(m, block_m), triton.cdiv(n, block_n), count)
-    gptq_gemm_kernel[grid](
-        x,
-        qweight,
-        qzeros,
-        scales,
-        qzeros if g_idx is None else g_idx,  # an unused pointer still needs a tensor
-        target,
-        m,
-        n,
-        k,
-        k // groups,
-        span,
-        ZERO_OFFSET[version],
-        x.stride(0),
-        ACT_ORDER=g_idx is not None,
-        EVEN_K=k % block_k == 0,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        **launch.OPTIONS,
-    )
-    return out if count == 1 else join_partials(target, out)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
+        gptq_gemm_kernel[grid](
+            x,
+            qweight,
+            qzeros,
+            scales,
+            qzeros if g_idx is None else g_idx,  # an unused pointer still needs a tensor
+            target,
+            m,
+            n,
+            k,
+            k // groups,
+            span,
+            ZERO_OFFSET[version],
+            x.stride(0),
+            ACT_ORDER=g_idx is not None,
+            EVEN_K=k % block_k == 0,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            **launch.OPTIONS,
+        )
+        return out if count == 1 else join_partials(target, out)
 
 
 def _variants() -> tuple[Variant, ...]:

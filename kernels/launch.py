@@ -1,7 +1,7 @@
 """The rules that every launcher here shares: checks, tiles, and where split-K cuts.
 
 Tiles follow fixed rules and are never tuned: a tuned BLOCK_K or split would change the order of summation from one machine
-to the next. BLOCK_M and BLOCK_N change no sum, so the interpreter takes them as large as it can.
+to the next. BLOCK_M and BLOCK_N change no order, so the interpreter takes them as large as it can.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ def block_k(k: int, groups: int) -> int:
     """Rows of one step: the larger of 32 and 64 that divides the group, so that a step has one scale per column.
 
     64 for a whole column, whose tail is masked. (128 would spill registers.) Raises UnsupportedError for a group that is
-    neither a multiple of 32 nor the whole column.
+    neither a multiple of 32 nor the whole column, and for groups that do not divide K.
     """
+    if k == 0 or k % groups:
+        raise UnsupportedError(f"K={k} must be a positive multiple of the {groups} groups that the scales have")
     group = k // groups
     if groups == 1:
         return BLOCK_K_SIZES[-1]
@@ -84,8 +86,8 @@ def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int
 
 
 def check_scales(scales: Tensor) -> None:
-    """Raise UnsupportedError unless ``scales`` is fp16 or bf16 [G, N], N a multiple of 8."""
-    if scales.dtype not in DTYPES or scales.ndim != 2 or scales.shape[1] % 8:
+    """Raise UnsupportedError unless ``scales`` is fp16 or bf16 [G, N], not empty, N a multiple of 8."""
+    if scales.dtype not in DTYPES or scales.ndim != 2 or scales.shape[1] % 8 or not scales.numel():
         raise UnsupportedError(
             f"scales must be float16 or bfloat16 [G, N] with N a multiple of 8, not {_kind(scales.dtype, tuple(scales.shape))}"
         )

@@ -13,6 +13,9 @@ from qlab.backends.vllm_extension import Missing, extension
 from qlab.errors import PackingError, UnsupportedError
 from qlab.weights import Int4Weight
 
+MOST_ELEMENTS = 2**31
+"""Of x, weight or y: most of these kernels compute addresses in 32 bits and would leave a larger matrix."""
+
 
 class VllmKernel(Kernel):
     """A kernel of vLLM's compiled extension; it packs and runs on a CUDA GPU only."""
@@ -32,7 +35,8 @@ class VllmKernel(Kernel):
     def supports(self, problem: Problem, device: torch.device) -> Support:
         if device.type != "cuda":
             return Support(False, "needs a CUDA GPU")
-        reason = self.refusal(problem, torch.cuda.get_device_capability(device)) or self.missing()
+        capability = torch.cuda.get_device_capability(device)
+        reason = self.refusal(problem, capability) or too_large(problem) or self.missing()
         return Support(False, reason) if reason else YES
 
     def pack(self, weight: Int4Weight) -> Packed:
@@ -41,14 +45,16 @@ class VllmKernel(Kernel):
         if not support.ok:
             where = f"weight {weight.name!r}: " if weight.name else ""
             raise PackingError(f"{where}{self.name} cannot hold it: {support.reason}")
-        return Packed(self.tensors(weight), problem)
+        with torch.cuda.device_of(weight.codes):
+            return Packed(self.tensors(weight), problem)
 
     def run(self, x: Tensor, packed: Packed) -> Tensor:
         """y [M, N]; rows of x may lie any distance apart. Raises UnsupportedError for an x that does not fit the weight."""
         check_x(x, packed)
         if not len(x):  # some operators fail on an empty grid
             return x.new_empty((0, packed.problem.N))
-        return self._call(x, packed)
+        with torch.cuda.device_of(x):  # not every operator makes its tensors' device the current one
+            return self._call(x, packed)
 
     def missing(self) -> str:
         """Why this kernel's code is not here; empty when it is."""
@@ -75,6 +81,13 @@ def check_x(x: Tensor, packed: Packed) -> None:
         raise UnsupportedError(f"x is on {x.device} and the weight on {device}: move x")
     if x.stride(1) != 1:
         raise UnsupportedError(f"x has a last stride of {x.stride(1)}; it must be 1: call x.contiguous()")
+
+
+def too_large(problem: Problem) -> str:
+    """Why a shape is beyond the addresses of vLLM's kernels; empty when it is not."""
+    sizes = {"M*K": problem.M * problem.K, "K*N": problem.K * problem.N, "M*N": problem.M * problem.N}
+    what, size = max(sizes.items(), key=lambda item: item[1])
+    return needs(size <= MOST_ELEMENTS, f"vLLM's kernels count elements in 32 bits, and {what} = {size} is more than 2^31")
 
 
 def aligned(x: Tensor) -> Tensor:

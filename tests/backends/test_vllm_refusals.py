@@ -70,6 +70,19 @@ def test_refusals_by_gpu() -> None:
         assert (k.refusal(problem, capability) == "") is runs, (name, capability)
 
 
+@pytest.mark.parametrize(
+    ("change", "what"), [({"M": 2**20}, "M*K = 4294967296"), ({"M": 2**17, "N": 16512, "K": 128}, "M*N = 2164260864")]
+)
+def test_matrices_beyond_32_bit_addresses(change: dict, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(VllmKernel, "missing", lambda self: "")
+    k, device = kernel("vllm.marlin.awq"), torch.device("cuda")
+    assert k.supports(replace(FP16, M=2**19), device).ok
+    answer = k.supports(replace(FP16, **change), device)
+    assert not answer.ok
+    assert what in answer.reason
+
+
 def test_every_kernel_is_registered() -> None:
     marlin = [f"vllm.marlin.{kind}{reduction}" for kind in ("awq", "gptq") for reduction in ("", ".fp16", ".atomic")]
     others = ["awq_gemm", "awq_dequantize", "awq_triton", "gptq_gemm", "machete.awq", "machete.gptq"]

@@ -69,6 +69,40 @@ def test_other_arguments_are_named(awq_tensors, gptq_tensors, x):
         awq_gemm.awq_gemm(x[:, :96], t.qweight, t.qzeros, t.scales)
 
 
+@pytest.mark.parametrize(("k", "n", "groups"), [(296, 24, 9), (8, 24, 9), (0, 24, 1)])
+def test_groups_that_do_not_divide_k_are_refused(k, n, groups):
+    """296 rows in 9 groups: the 32 rows that a division gives leave a last step in a tenth group, beyond the scales."""
+    scales = torch.ones(groups, n, dtype=torch.float16, device=DEVICE)
+    zeros = torch.zeros(groups, n // 8, dtype=torch.int32, device=DEVICE)
+    x = torch.zeros(2, k, dtype=torch.float16, device=DEVICE)
+    by_row = torch.zeros(k, n // 8, dtype=torch.int32, device=DEVICE)
+    by_column = torch.zeros(k // 8, n, dtype=torch.int32, device=DEVICE)
+    for call in (
+        lambda: awq_gemm.awq_gemm(x, by_row, zeros, scales),
+        lambda: gptq_gemm.gptq_gemm(x, by_column, zeros, scales),
+        lambda: awq_dequantize.awq_dequantize(by_row, zeros, scales),
+    ):
+        with pytest.raises(UnsupportedError, match=f"K={k} must be a positive multiple of the {groups} groups"):
+            call()
+
+
+def test_a_weight_of_nothing_is_refused(x):
+    empty = torch.zeros(0, 24, dtype=torch.float16, device=DEVICE)
+    with pytest.raises(UnsupportedError, match=r"not float16 \[0, 24\]"):
+        awq_gemm.awq_gemm(x, *(torch.zeros(rows, 3, dtype=torch.int32, device=DEVICE) for rows in (128, 0)), empty)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_device_than_the_current_one(x):
+    weight, there = random_weight(128, 24, 32), torch.device("cuda:1")
+    t, u = awq.pack(weight.to(DEVICE)), awq.pack(weight.to(there))
+    want = awq_gemm.awq_gemm(x, t.qweight, t.qzeros, t.scales, split_k=2)
+    got = awq_gemm.awq_gemm(x.to(there), u.qweight, u.qzeros, u.scales, split_k=2)
+    assert got.device == there
+    assert torch.equal(got.cpu(), want.cpu())
+
+
 def test_out_is_filled_and_returned(awq_tensors, x):
     want = awq_gemm.awq_gemm(x, *awq_tensors)
     for split_k in (1, 2):
