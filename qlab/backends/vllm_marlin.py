@@ -1,8 +1,11 @@
 """vLLM's Marlin on AWQ weights (uint4 with zero points) and GPTQ weights (uint4b8), in its three ways to join blocks.
 
 vLLM serves ``use_fp32_reduce=True``, the kernels without a suffix. ``.fp16`` hands partial sums between thread blocks in the
-activations' dtype; ``.atomic`` adds them by atomics, in no fixed order, where the operator finds the output small enough
-(N * ceil(M / 64) <= 2048). Storage: qlab.packing.marlin; weights are repacked by vLLM's own ``gptq_marlin_repack``.
+activations' dtype; ``.atomic`` adds them by atomics, in no fixed order, where the operator finds a launch's output small
+enough: N * ceil(m / 64) <= 2048, m the rows of that launch. The last M % 64 rows are a launch of their own, so with N <= 2048
+they may be added by atomics where the rows above them are not.
+
+Storage: qlab.packing.marlin; weights are repacked by vLLM's own ``gptq_marlin_repack``.
 """
 
 from __future__ import annotations
@@ -115,7 +118,8 @@ def readable(x: Tensor) -> Tensor:
 def workspace(device: torch.device) -> Tensor:
     """Marlin's locks, int32 zeros [SM count]: one per stream, for two calls that share locks and overlap never finish.
 
-    The kernel leaves them zero. While a CUDA graph is captured a stream without locks gets its own from the graph's memory.
+    The kernel leaves them zero. While a CUDA graph is captured a stream without locks gets its own from the graph's memory;
+    one with locks puts them into the graph, which must then not be replayed beside calls on that stream.
     """
     stream = torch.cuda.current_stream(device)
     key = (stream.device_index, stream.cuda_stream)
