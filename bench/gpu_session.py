@@ -16,11 +16,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.gemm import GPU_SHAPES
 from qlab.environment import Environment, collect
 from qlab.serial import read_json, write_json
 
 SCHEMA = "qlab.session/1"
-SHAPES = [f"{m},{k},{n}" for k, n in ((4096, 4096), (14336, 4096), (4096, 28672)) for m in (1, 16, 64, 256)]
+SHAPES = [",".join(map(str, shape)) for shape in GPU_SHAPES]
 
 
 @dataclass(frozen=True)

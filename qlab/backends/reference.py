@@ -14,7 +14,7 @@ from qlab.weights import Int4Weight, round_once
 
 
 def oracle(x: Tensor, weight: Int4Weight) -> Tensor:
-    """``x @ RN((q - z) * s)`` in float64 [M, N]: products exact, the sum good to about 2^-52 of :func:`magnitude`."""
+    """``x @ RN((q - z) * s)`` in float64 [M, N]: products exact, the sum good to K * 2^-53 of :func:`magnitude` at worst."""
     return x.double() @ weight.dequantize(weight.dtype).double()
 
 

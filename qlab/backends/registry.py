@@ -80,7 +80,7 @@ class Kernel(ABC):
     source: str = ""
     """Checkpoint family it serves, ``awq`` or ``gptq``; empty when it takes either."""
     portable: bool = False
-    """True when its result is meant to be the same on every machine (the references)."""
+    """True when it stands for no GPU and so runs whatever GPU is asked for (the references)."""
     repeatable: bool = True
     """False where the order of its sums is not fixed (atomics)."""
     note: str = ""
