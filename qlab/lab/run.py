@@ -168,10 +168,16 @@ class _Exact:
         self._made: dict[str, tuple[Tensor, Tensor]] = {}
 
     def of(self, source: str) -> tuple[Tensor, Tensor]:
-        """(exact y, sum |x||w|), both float64 [M, N]."""
+        """(exact y, sum |x||w|), both float64 [M, N]. Raises QlabError where a GPU has no room for them."""
         if source not in self._made:
             x, w = self.inputs[source], self.weights[source]
-            self._made[source] = reference.oracle(x, w), reference.magnitude(x, w)
+            try:
+                self._made[source] = reference.oracle(x, w), reference.magnitude(x, w)
+            except torch.OutOfMemoryError:
+                raise QlabError(
+                    f"layer {w.name!r}: K={w.K}, N={w.N} in float64 does not fit into the GPU's memory; use --device cpu or a "
+                    "smaller layer"
+                ) from None
         return self._made[source]
 
     def norm(self, source: str) -> float:

@@ -178,6 +178,15 @@ def test_a_gpu_that_no_longer_answers_ends_the_run_and_names_the_kernel(result, 
         result("reference.float64", planted("bad", touches_what_it_should_not), planted("innocent"))
 
 
+def test_a_layer_without_room_for_its_exact_result_is_one_sentence(result, monkeypatch):
+    def full(x, weight):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(lab.reference, "oracle", full)
+    with pytest.raises(QlabError, match=r"down_proj': K=512, N=64 in float64 does not fit"):
+        result("reference.float32")
+
+
 def test_a_kernel_that_ran_on_some_layers_is_not_in_the_total(result, planted, make_layers):
     class Picky(planted):
         def supports(self, problem, device):
