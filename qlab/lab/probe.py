@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qlab.backends import failure
 from qlab.backends.registry import Kernel, Packed, Problem
-from qlab.errors import QlabError
 from qlab.inputs import one_hot_rows
 from qlab.lab.faults import Shards, diagnose
 from qlab.lab.results import ProbeFault, ProbeResult
@@ -53,8 +53,9 @@ def probe(
         return ProbeResult(layer, key, support.reason, 0, elements, "", ())
     try:
         got = decode(kernel, kernel.pack(weight), weight.K, weight.dtype, weight.device, rows)
-    except QlabError as e:
-        return ProbeResult(layer, key, str(e), 0, elements, "", ())
+        failure.wait(weight.device)
+    except Exception as e:  # one broken kernel must not cost the others their probe
+        return ProbeResult(layer, key, failure.reason(e, kernel.name, weight.device), 0, elements, "", ())
     return judge(got, expected, kernel, layer, key, shards)
 
 

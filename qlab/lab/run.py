@@ -240,11 +240,7 @@ def _probe(layer: Layer, column: Column, kernel: Kernel, hw: Hardware, plan: Pla
         reason = _refusal(kernel, Problem.of(weight, 1), hw, plan)
         return ProbeResult(layer.name, column.key, reason, 0, weight.K * weight.N, "", ())
     trusted = layer.expected[column.source].to(plan.device) if layer.expected else None
-    try:
-        return run_probe(kernel, weight, trusted, layer=layer.name, key=column.key, shards=layer.shards)
-    except RuntimeError as e:
-        reason = failure.reason(e, kernel.name, plan.device)
-        return ProbeResult(layer.name, column.key, reason, 0, weight.K * weight.N, "", ())
+    return run_probe(kernel, weight, trusted, layer=layer.name, key=column.key, shards=layer.shards)
 
 
 def _describe(layer: Layer, source: str) -> Input:
