@@ -15,6 +15,8 @@ from qlab.errors import CheckpointError
 
 METHODS = ("awq", "gptq", "compressed-tensors")
 _ASIDE = ("quantize_config.json", "quant_config.json")
+_WITH_INDEX, _WITHOUT_INDEX = ("group", "dynamic"), ("weight", "static")
+"""compressed-tensors' names for act-order: groups follow the order of the rows, or their place in the matrix."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,19 @@ class QuantConfig:
         return 2 if self.checkpoint_format == "gptq_v2" else 1
 
 
+def quantised(directory: Path, hf_config: Mapping[str, Any]) -> bool:
+    """Whether ``config.json``, or for older checkpoints a file beside it, declares a quantisation."""
+    return _declared(hf_config) is not None or _aside(directory) is not None
+
+
 def parse(directory: Path, hf_config: Mapping[str, Any]) -> QuantConfig:
     """The quantisation that ``config.json`` (or, for older checkpoints, a file beside it) declares.
 
     Raises CheckpointError for methods, bits and formats that are no 4-bit layout of qlab's.
     """
-    source, raw = directory / "config.json", hf_config.get("quantization_config", hf_config.get("compression_config"))
+    source, raw = directory / "config.json", _declared(hf_config)
     if raw is None:
-        name = next((n for n in _ASIDE if (directory / n).exists()), None)
+        name = _aside(directory)
         if name is None:
             raise CheckpointError(f"{source}: no quantization_config, so the model is not quantised; name an INT4 checkpoint")
         source, raw = directory / name, read_json(directory, name)
@@ -67,6 +74,14 @@ def parse(directory: Path, hf_config: Mapping[str, Any]) -> QuantConfig:
     if method not in METHODS:
         raise CheckpointError(f"{source}: quant_method {method!r} is not supported; supported: {', '.join(METHODS)}")
     return {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed}[method](keys)
+
+
+def _declared(hf_config: Mapping[str, Any]) -> Any:
+    return hf_config.get("quantization_config", hf_config.get("compression_config"))
+
+
+def _aside(directory: Path) -> str | None:
+    return next((name for name in _ASIDE if (directory / name).exists()), None)
 
 
 def _awq(keys: _Keys) -> QuantConfig:
@@ -128,13 +143,13 @@ def _scheme(weights: _Keys, keys: _Keys) -> QuantConfig:
         raise weights.error("strategy", strategy, "only group and channel are read")
     size = -1 if strategy == "channel" else weights.group_size("group_size")
     order = weights.raw.get("actorder")
-    if order not in (None, True, False, "group", "weight", "static"):
-        raise weights.error("actorder", order, "only group, weight, static and null are known")
+    if order not in (None, True, False, *_WITH_INDEX, *_WITHOUT_INDEX):
+        raise weights.error("actorder", order, f"only {', '.join((*_WITH_INDEX, *_WITHOUT_INDEX))} and null are known")
     return QuantConfig(
         "compressed-tensors",
         size,
         weights.boolean("symmetric", default=True),
-        order in ("group", True),
+        order is True or order in _WITH_INDEX,
         "pack-quantized",
         source=keys.source,
         raw=keys.raw,

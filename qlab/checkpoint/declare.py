@@ -17,6 +17,9 @@ from qlab.errors import CheckpointError
 from qlab.packing.gptq import Version
 from qlab.weights import Int4Weight
 
+_HEAD = "lm_head"
+"""A linear, so compressed-tensors counts it among its targets even where it is tied and stored nowhere."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -32,6 +35,8 @@ class Facts:
     dtype: torch.dtype
     unquantised: tuple[str, ...]
     """Modules with a full-precision matrix, embeddings and lm_head among them."""
+    lm_head: bool
+    """Whether lm_head is quantised."""
 
 
 def survey(method: str, weights: Mapping[str, Int4Weight], others: Mapping[str, Tensor], version: Version) -> Facts:
@@ -56,13 +61,13 @@ def survey(method: str, weights: Mapping[str, Int4Weight], others: Mapping[str, 
         if part in LAYOUTS[method] or (module in sizes and part == "weight"):
             raise CheckpointError(f"tensor {name!r} among the others would clash with a quantised module; leave it out")
     matrices = tuple(n.removesuffix(".weight") for n, t in others.items() if n.endswith(".weight") and t.ndim == 2)
-    return Facts(method, version, _group_size(sizes), symmetric, act_order, dtypes.pop(), matrices)
+    return Facts(method, version, _group_size(sizes), symmetric, act_order, dtypes.pop(), matrices, _HEAD in sizes)
 
 
 def declare(facts: Facts) -> dict[str, Any]:
     """The ``quantization_config`` object."""
     if facts.method == "awq":
-        return {
+        config = {
             "quant_method": "awq",
             "bits": 4,
             "group_size": facts.group_size,
@@ -70,6 +75,7 @@ def declare(facts: Facts) -> dict[str, Any]:
             "version": "gemm",
             "modules_to_not_convert": list(facts.unquantised) or None,
         }
+        return {**config, "lm_head": True} if facts.lm_head else config
     if facts.method == "gptq":
         config = {
             "quant_method": "gptq",
@@ -77,7 +83,7 @@ def declare(facts: Facts) -> dict[str, Any]:
             "group_size": facts.group_size,
             "desc_act": facts.act_order,
             "sym": facts.symmetric,
-            "lm_head": False,
+            "lm_head": facts.lm_head,
             "checkpoint_format": "gptq" if facts.version == 1 else "gptq_v2",
         }
         excluded = _excluded(facts.unquantised)
@@ -97,7 +103,7 @@ def declare(facts: Facts) -> dict[str, Any]:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": list(facts.unquantised),
+        "ignore": list(facts.unquantised if facts.lm_head else dict.fromkeys((*facts.unquantised, _HEAD))),
     }
 
 

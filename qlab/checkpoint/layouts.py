@@ -29,14 +29,14 @@ LAYOUTS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
         "qweight": (_INT32, ("K/8", "N")),
         "qzeros": (_INT32, ("G", "N/8")),
         "scales": (_FLOATS, ("G", "N")),
-        "g_idx": (_INT32, ("K",)),
+        "g_idx": (_INTS, ("K",)),
     },
     "compressed-tensors": {
         "weight_packed": (_INT32, ("N", "K/8")),
         "weight_scale": (_FLOATS, ("N", "G")),
         "weight_shape": (_INTS, ("2",)),
         "weight_zero_point": (_INT32, ("N/8", "G")),
-        "weight_g_idx": (_INT32, ("K",)),
+        "weight_g_idx": (_INTS, ("K",)),
     },
 }
 """Method to part to (safetensors dtypes, axes). K rows in, N columns out, G groups; ``/8`` packs eight codes in an int32."""
@@ -72,7 +72,7 @@ def check(files: TensorFiles, module: str, config: QuantConfig) -> Size:
     present = parts(files, module, config.method)
     near = files[next(iter(present.values()))]
     optional = set()
-    if not config.desc_act:
+    if not config.desc_act or config.group_size == -1:  # one group has one index
         optional.add(_INDEX[config.method])
     if config.method == "compressed-tensors" and config.sym:
         optional.add(ZEROS[config.method])
@@ -228,7 +228,7 @@ def _group_index(what: str, index: Tensor, size: Size) -> Tensor:
     counts = torch.bincount(index.long(), minlength=size.G)
     uneven = counts[index.long()] != size.K // size.G
     _refuse(what, uneven, f"is in a group that has not {size.K // size.G} rows", "quantise the layer again")
-    return index.clone()
+    return index.to(torch.int32, copy=True)
 
 
 def _refuse(what: str, bad: Tensor, is_wrong: str, mend: str) -> None:

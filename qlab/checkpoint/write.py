@@ -67,7 +67,7 @@ def write(
         tensors = _tensors(method, weights, others, version, facts.symmetric, facts.act_order)
         _write_shards(beside, tensors, shard_bytes)
         _write_input_scales(beside, weights)
-        beside.chmod(0o755)  # mkdtemp gives 0700; a checkpoint is for others to read
+        _share(beside)
         _move(beside, target)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -82,6 +82,13 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{target}: exists already; choose another directory or pass overwrite=True")
     if not (target / "config.json").is_file():
         raise CheckpointError(f"{target}: holds no config.json, so it is no checkpoint to overwrite; choose another directory")
+
+
+def _share(directory: Path) -> None:
+    """Give everything the mode of a plainly opened file: mkdtemp makes 0700 and safetensors may make 0600."""
+    plain = (directory / "config.json").stat().st_mode & 0o666
+    for path in (directory, *directory.rglob("*")):
+        path.chmod(plain | (0o100 | plain >> 2 & 0o011 if path.is_dir() else 0))
 
 
 def _move(beside: Path, target: Path) -> None:

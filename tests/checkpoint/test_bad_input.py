@@ -175,6 +175,32 @@ def test_bad_group_index(checkpoint, edit, method, part, value, says):
     refusal(directory, FILE, name, "element [17]" if value is not None else "element", says, values=True)
 
 
+@pytest.mark.parametrize(("method", "part"), [("gptq", "g_idx"), ("compressed-tensors", "weight_g_idx")])
+def test_a_group_index_may_be_int64(checkpoint, edit, method, part):
+    directory = checkpoint(method, act_order=True)
+    wanted = read(directory).weight(MODULE)
+    edit(directory / FILE, lambda t: t.__setitem__(f"{MODULE}.{part}", t[f"{MODULE}.{part}"].long()))
+    assert read(directory).weight(MODULE).equals(wanted)
+
+
+def test_one_group_needs_no_group_index(make_model, tmp_path, edit):
+    """desc_act with group size -1 says nothing: there is one order of one group."""
+    model = make_model(group=-1, symmetric=True)
+    directory = model.write(tmp_path / "m", "gptq")
+    mend(directory, desc_act=True)
+    edit(directory / FILE, lambda t: [t.pop(name) for name in list(t) if name.endswith("g_idx")])
+    assert read(directory).weight(MODULE).equals(model.weights[MODULE])
+
+
+@pytest.mark.parametrize(("order", "index"), [("dynamic", True), ("group", True), ("weight", False), ("static", False)])
+def test_names_of_act_order(checkpoint, order, index):
+    directory = checkpoint("compressed-tensors", act_order=True)
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = order
+    (directory / "config.json").write_text(json.dumps(config))
+    assert read(directory).config.desc_act is index
+
+
 def test_float32_scales_need_a_dtype(checkpoint, edit):
     directory = checkpoint()
     name = f"{MODULE}.scales"

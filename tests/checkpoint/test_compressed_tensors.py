@@ -45,6 +45,28 @@ def test_library_decompresses_to_the_same_values(make_model, tmp_path, kind):
         assert torch.equal(got["weight"].t(), w.dequantize(torch.float16)), module
 
 
+@pytest.mark.parametrize("kind", [k for k in KINDS if "act_order" not in k], ids=lambda k: "-".join(k) or "plain")
+def test_transformers_loads_a_tied_model(make_model, tmp_path, kind):
+    """Not with act-order: transformers 5.23 drops ``weight_g_idx`` when it dequantises."""
+    pytest.importorskip("compressed_tensors", reason="needs compressed-tensors and psutil")
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    model = make_model(real=True, **kind)
+    del model.others["lm_head.weight"], model.others["model.layers.0.self_attn.q_proj.bias"]
+    for i in range(2):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            model.others[f"model.layers.{i}.{norm}.weight"] = torch.ones(64, dtype=torch.float16)
+    model.config["tie_word_embeddings"] = True
+    directory = model.write(tmp_path / "m", "compressed-tensors")
+    assert AutoModelForCausalLM.from_pretrained(directory).lm_head.weight.shape == (24, 64)  # packed, save what is tied
+    loaded = AutoModelForCausalLM.from_pretrained(directory, quantization_config=CompressedTensorsConfig(run_compressed=False))
+    x = torch.randn((2, 128), generator=torch.Generator().manual_seed(0)).half()
+    for module, w in model.weights.items():
+        y = loaded.get_submodule(module)(x[:, : w.K])
+        torch.testing.assert_close(y, (x[:, : w.K].float() @ w.dequantize(torch.float32)).half(), rtol=2e-3, atol=2e-3)
+    assert torch.equal(loaded.lm_head.weight, model.others["model.embed_tokens.weight"])
+
+
 def test_sizes_that_fill_no_int32(tmp_path):
     """K and N need not be multiples of 8 here; the filler is neither code nor zero point."""
     odd = {f"model.layers.0.mlp.{r}_proj": random_weight(36, 12, 18, seed=i) for i, r in enumerate(("gate", "up"))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors import safe_open
 
 from qlab.checkpoint import read
 from qlab.errors import CheckpointError, PackingError, QlabError
+from qlab.inputs import random_weight
 
 FORMATS = [
     ("awq", {}, {}),
@@ -63,6 +65,23 @@ def test_declares_what_the_weights_are(make_model, tmp_path):
     assert (q["symmetric"], q["strategy"], q["group_size"], q["actorder"]) == (False, "group", 32, None)
 
 
+@pytest.mark.parametrize("quantised", [False, True])
+def test_declares_whether_lm_head_is_quantised(make_model, tmp_path, quantised):
+    model = make_model()
+    del model.others["lm_head.weight"]  # tied, or quantised
+    if quantised:
+        model.weights["lm_head"] = random_weight(64, 24, 32)
+
+    def declared(method):
+        directory = model.write(tmp_path / method, method)
+        assert all(w.equals(model.weights[name]) for name, w in read(directory).weights.items())
+        return json.loads((directory / "config.json").read_text())["quantization_config"]
+
+    assert declared("gptq")["lm_head"] is quantised
+    assert declared("awq").get("lm_head", False) is quantised
+    assert ("lm_head" in declared("compressed-tensors")["ignore"]) is not quantised
+
+
 def test_one_asymmetric_layer_gives_every_layer_its_zero_points(make_model, tmp_path):
     model = make_model(symmetric=True)
     odd = "model.layers.1.mlp.up_proj"
@@ -101,6 +120,17 @@ def test_tied_and_strided_tensors_are_written(make_model, tmp_path):
     c = read(model.write(tmp_path / "m", "awq"))
     assert torch.equal(c.tensor("lm_head.weight"), model.others["model.embed_tokens.weight"])
     assert torch.equal(c.tensor("model.strided.weight"), model.others["model.strided.weight"])
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_modes_follow_the_umask(make_model, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        directory = make_model(scaled=True).write(tmp_path / "m", "awq", shard_bytes=20_000, extra_files={"docs/LICENSE": b"x"})
+    finally:
+        os.umask(before)
+    for path in (directory, *directory.rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
 
 
 def test_extra_files_travel(make_model, tmp_path):
