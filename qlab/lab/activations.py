@@ -25,6 +25,10 @@ TAPS: Mapping[str, str] = {
 }
 """Linear layers as vLLM fuses them, and the module whose input is theirs."""
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Architectures whose layers, run one by one, are known to add up to transformers' own forward pass. Relatives with the same
+module names scale embeddings, turn q and k otherwise or normalise by ``1 + weight``, and would quietly give another x."""
+
 
 def tokenize(directory: Path, text: str, tokens: int) -> Tensor:
     """The first ``tokens`` token ids of ``text``: int64 [tokens]. Raises CheckpointError when the text is shorter."""
@@ -54,6 +58,14 @@ def layer_inputs(directory: Path, dense: Dense, ids: Tensor) -> Iterator[tuple[i
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # transformers and huggingface_hub share no type of error for a bad value
         raise CheckpointError(f"{directory / 'config.json'}: {_first_line(e)}") from None
+    if config.model_type not in FAMILIES:
+        raise CheckpointError(
+            f"{directory / 'config.json'}: model_type {config.model_type!r} is not built like Llama; its layers cannot be run "
+            f"one by one, those of {', '.join(FAMILIES)} can"
+        )
+    window = getattr(config, "sliding_window", None)
+    if window is not None and len(ids) > window:
+        raise CheckpointError(f"{directory}: {len(ids)} tokens exceed the sliding window; give --tokens {window} or fewer")
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     try:
@@ -61,9 +73,7 @@ def layer_inputs(directory: Path, dense: Dense, ids: Tensor) -> Iterator[tuple[i
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="sdpa")
     except Exception as e:  # whatever a nonsensical size leads to inside transformers
         raise CheckpointError(f"{directory / 'config.json'}: no model can be built from it ({_first_line(e)})") from None
-    body = getattr(model, "model", None)
-    if body is None or not all(hasattr(body, part) for part in ("embed_tokens", "layers", "rotary_emb")) or not _taps(body):
-        raise CheckpointError(f"{directory}: {type(model).__name__} is not built like Llama; layers cannot be run one by one")
+    body = model.model
     with torch.no_grad():
         embedding = _need(dense("model.embed_tokens.weight"), directory, "model.embed_tokens.weight")
         if int(ids.max()) >= len(embedding):
@@ -85,11 +95,6 @@ def layer_inputs(directory: Path, dense: Dense, ids: Tensor) -> Iterator[tuple[i
                 h.remove()
             yield index, seen
             layer.to(device="meta")
-
-
-def _taps(body: Any) -> bool:
-    modules = {name for layer in body.layers for name, _ in layer.named_modules()}
-    return modules.issuperset(TAPS.values())
 
 
 def _load(layer: nn.Module, prefix: str, dense: Dense, directory: Path) -> None:

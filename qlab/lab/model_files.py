@@ -9,26 +9,30 @@ from torch import Tensor
 
 from qlab import checkpoint
 from qlab.checkpoint.files import TensorFiles, read_json
-from qlab.checkpoint.llama import shard_names
+from qlab.checkpoint.llama import fused_weight, shard_names
 from qlab.checkpoint.read import SCALES_FILE
 from qlab.errors import CheckpointError
 from qlab.quantize import rtn
-from qlab.weights import Int4Weight, fuse
+from qlab.weights import Int4Weight
 
 GROUP = 128
 """Group size for an unquantised model, which is rounded to nearest, symmetric, so that every kernel can hold it."""
 
 
 class ModelFiles:
-    """A Hugging Face directory. Raises CheckpointError naming file and tensor when something is missing or damaged."""
+    """A Hugging Face directory, its scales as stored or rounded to ``dtype`` (fp16, bf16) as vLLM's loader rounds them.
 
-    def __init__(self, directory: Path) -> None:
+    Raises CheckpointError naming file and tensor when something is missing or damaged.
+    """
+
+    def __init__(self, directory: Path, dtype: torch.dtype | None = None) -> None:
         self.directory = directory
+        self._dtype = dtype
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a directory; name one that holds config.json and safetensors files")
         self.config = read_json(directory, "config.json")
-        quantised = "quantization_config" in self.config or "compression_config" in self.config
-        self._checkpoint = checkpoint.read(directory) if quantised else None
+        quantised = checkpoint.quantised(directory, self.config)
+        self._checkpoint = checkpoint.read(directory, dtype=dtype) if quantised else None
         self._files = TensorFiles(directory) if not quantised else None
         self._known = set(self._checkpoint.names()) if self._checkpoint else set()
         self._others = set(self._checkpoint.others()) if self._checkpoint else set()
@@ -52,13 +56,10 @@ class ModelFiles:
     def weight(self, name: str) -> Int4Weight:
         """The linear ``name`` as vLLM runs it, its shards fused; rounded to nearest when the model is not quantised."""
         if self._checkpoint:
-            if name in self._known:
-                return self._checkpoint.weight(name)
-            shards = [self._checkpoint.weight(shard) for shard in shard_names(name)]
-            return shards[0] if len(shards) == 1 else fuse(shards, name)
+            return fused_weight(self._checkpoint, name)
         dense = torch.cat([self._need(f"{shard}.weight").float().t() for shard in shard_names(name)], 1)
         group = GROUP if dense.shape[0] % GROUP == 0 else dense.shape[0]
-        return rtn.quantize(dense, group, symmetric=True, name=name)
+        return rtn.quantize(dense, group, symmetric=True, dtype=self._dtype or torch.float16, name=name)
 
     def shards(self, name: str) -> tuple[tuple[str, int], ...]:
         """The checkpoint's modules that the linear ``name`` is joined from, each with its columns."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlab.checkpoint.files import read_json
 from qlab.errors import CheckpointError
 from qlab.inputs import random_activations, random_weight
 from qlab.lab.activations import TAPS, layer_inputs, tokenize
@@ -52,13 +53,18 @@ def same_weights(
     x comes from the float64 model in ``original``; without one from the checkpoint's own dequantised model, whose previous
     operations already hold AWQ's 1 / s. ``trusted`` is the checkpoint that a probe compares with.
     """
-    model = ModelFiles(directory)
-    right = ModelFiles(trusted) if trusted else None
+    model = ModelFiles(directory, request.dtype)
+    if original and model.method == "awq" and not model.keeps_input_scales:
+        raise CheckpointError(
+            f"--original: {directory} keeps no AWQ input scales, so the x' it expects cannot be had from another model's x; "
+            "leave the option out"
+        )
+    right = ModelFiles(trusted, request.dtype) if trusted else None
     for name, x in _activations(ModelFiles(original) if original else model, request):
-        weight = _in_dtype(model.weight(name), request.dtype)
+        weight = model.weight(name)
         if original:
             x = weight.scaled_input(x)
-        expected = {SAME: _in_dtype(_same_shape(right.weight(name), weight), request.dtype)} if right else None
+        expected = {SAME: _same_shape(right.weight(name), weight)} if right else None
         yield Layer(name, {SAME: weight}, {SAME: x}, expected, right.shards(name) if right else ())
 
 
@@ -68,20 +74,20 @@ def own_weights(awq: Path, gptq: Path, request: Request, *, original: Path | Non
     x comes from the float64 model in ``original`` (without one, from GPTQ's own dequantised model). AWQ's x' is RN(x / s)
     where the checkpoint keeps s; otherwise it comes from running the AWQ checkpoint itself.
     """
-    models = {"awq": ModelFiles(awq), "gptq": ModelFiles(gptq)}
+    models = {"awq": ModelFiles(awq, request.dtype), "gptq": ModelFiles(gptq, request.dtype)}
     for source, model in models.items():
         if model.method != source:
             raise CheckpointError(f"--{source} {model.directory} holds a {model.method} checkpoint; name one of {source}")
     own = None if models["awq"].keeps_input_scales else _activations(models["awq"], request)
     for name, x in _activations(ModelFiles(original) if original else models["gptq"], request):
-        weights = {source: _in_dtype(model.weight(name), request.dtype) for source, model in models.items()}
+        weights = {source: model.weight(name) for source, model in models.items()}
         awq_x = weights["awq"].scaled_input(x) if own is None else next(own)[1]
         yield Layer(name, weights, {"awq": awq_x, "gptq": x})
 
 
 def layer_count(directory: Path, request: Request) -> int:
     """How many layers a run over ``directory`` visits, for a progress bar."""
-    depth = ModelFiles(directory).config.get("num_hidden_layers")
+    depth = read_json(directory, "config.json").get("num_hidden_layers")
     if not isinstance(depth, int):
         raise CheckpointError(f"{directory / 'config.json'}: num_hidden_layers is {depth!r}; is this a Llama-like model?")
     names = (f"model.layers.{i}.{tap}" for i in range(depth) for tap in TAPS)
@@ -95,10 +101,6 @@ def _activations(model: ModelFiles, request: Request) -> Iterator[tuple[str, Ten
             name = f"model.layers.{index}.{tap}"
             if fnmatch.fnmatch(name, request.layers):
                 yield name, round_once(x, request.dtype)
-
-
-def _in_dtype(weight: Int4Weight, dtype: torch.dtype) -> Int4Weight:
-    return weight if weight.dtype == dtype else weight.with_dtype(dtype)
 
 
 def _same_shape(right: Int4Weight, weight: Int4Weight) -> Int4Weight:

@@ -156,6 +156,8 @@ def install(
         if name not in own:
             if name.endswith(("rotary_emb.inv_freq", "lm_head.weight")):  # made from the configuration, or tied
                 continue
+            if name.endswith(".bias") and not bool(tensor.any()):  # AutoGPTQ gives every linear one
+                continue
             raise QlabError(f"the model has no tensor {name}; weights and model must be of one architecture")
         if own[name].shape != tensor.shape:
             raise QlabError(f"{name} is {list(tensor.shape)}, in the model {list(own[name].shape)}; they must agree")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from qlab.errors import QlabError
 from qlab.quantize.llama import empty, install, load, tokenizer
 from qlab.quantize.text import command, read_text, token_rows
 
@@ -60,13 +58,10 @@ def dequantized(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Modul
 
     Raises QlabError (CheckpointError) naming the file for whatever keeps the directory from being one.
     """
-    from qlab.checkpoint import read
+    from qlab.checkpoint import quantised, read
+    from qlab.checkpoint.files import read_json
 
-    try:
-        quantised = "quantization_config" in json.loads((directory / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise QlabError(f"cannot read {directory / 'config.json'}: {e}; give the directory of a Hugging Face model") from None
-    if not quantised:
+    if not quantised(directory, read_json(directory, "config.json")):
         return load(directory, dtype)
     checkpoint = read(directory)
     model = empty(dict(checkpoint.hf_config), dtype)

@@ -8,10 +8,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlab.errors import CheckpointError
-from qlab.lab.activations import TAPS, layer_inputs, tokenize
+from qlab.lab.activations import FAMILIES, TAPS, layer_inputs, tokenize
 from qlab.lab.model_files import ModelFiles
 
 TEXT = "def run(self, item):\n    return self.queue.get(item)\n\nThe module provides an interface to the file system.\n"
@@ -73,9 +73,17 @@ def test_against_llama_written_by_hand(unquantised, parameters):
         torch.testing.assert_close(x, wanted[name], rtol=1e-11, atol=1e-11)
 
 
-def test_against_the_whole_model(unquantised):
-    """transformers' own forward pass, whose norms and rotations are float32."""
-    model = AutoModelForCausalLM.from_pretrained(unquantised, dtype=torch.float64).eval()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_against_the_whole_model(copied, family):
+    """transformers' own forward pass, whose norms and rotations are float32; every parameter of each family random."""
+    change_config(copied, model_type=family, head_dim=32)
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(copied)).state_dict()
+    assert any("q_proj.bias" in name for name in shapes) == (family == "qwen2")
+    g = torch.Generator().manual_seed(3)
+    tensors = {name: torch.randn(t.shape, generator=g) * t.shape[-1] ** -0.5 + (t.ndim == 1) for name, t in shapes.items()}
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(copied, dtype=torch.float64).eval()
     seen = {}
     for name, module in model.named_modules():
         for tap, inner in TAPS.items():
@@ -83,8 +91,8 @@ def test_against_the_whole_model(unquantised):
                 key = name.removesuffix(inner) + tap
                 module.register_forward_pre_hook(lambda m, args, key=key: seen.__setitem__(key, args[0][0].clone()))
     with torch.no_grad():
-        model(tokenize(unquantised, TEXT, TOKENS)[None])
-    for name, x in inputs(unquantised).items():
+        model(tokenize(copied, TEXT, TOKENS)[None])
+    for name, x in inputs(copied).items():
         torch.testing.assert_close(x, seen[name].double(), rtol=1e-5, atol=1e-5)
 
 
@@ -122,8 +130,10 @@ def change_config(folder, **changes):
     [
         ({"hidden_size": 64}, r"tensor 'model.layers.0.* is \[128.*\], config.json asks for \[.*64.*\]"),
         ({"num_hidden_layers": 3}, r"tensor 'model.layers.2.* is missing"),
-        ({"model_type": "gpt2"}, "GPT2LMHeadModel is not built like Llama"),
-        ({"model_type": "mixtral"}, "MixtralForCausalLM is not built like Llama"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not built like Llama"),
+        ({"model_type": "mixtral"}, "model_type 'mixtral' is not built like Llama"),
+        ({"model_type": "gemma"}, "model_type 'gemma' is not built like Llama"),
+        ({"model_type": "mistral", "sliding_window": 3}, "4 tokens exceed the sliding window; give --tokens 3 or fewer"),
         ({"model_type": "nothing"}, "config.json: "),
         ({"num_attention_heads": 0}, "config.json: "),
         ({"hidden_size": "many"}, "config.json: "),

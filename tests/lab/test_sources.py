@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from fractions import Fraction
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qlab import checkpoint
 from qlab.errors import CheckpointError
@@ -71,6 +74,45 @@ def test_own_without_kept_scales_runs_the_awq_checkpoint_for_its_inputs(awq, gpt
     alone = list(sources.same_weights(awq, request()))
     for layer, mine in zip(sources.own_weights(awq, gptq, request(), original=unquantised), alone, strict=True):
         assert torch.equal(layer.inputs["awq"], mine.inputs["same"])
+
+
+def test_x_of_another_model_needs_the_scales(awq, unquantised):
+    with pytest.raises(CheckpointError, match=r"--original: .* keeps no AWQ input scales"):
+        next(iter(sources.same_weights(awq, request(), original=unquantised)))
+
+
+@pytest.fixture
+def copied(gptq, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(gptq, folder)
+    return folder
+
+
+def rewrite(folder, change):
+    tensors = {name: change(name, t.clone()) for name, t in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_scales_are_rounded_once_to_the_dtype_asked_for(copied, dtype):
+    tie = 1 + 2.0**-8 + 2.0**-20  # by way of fp16 it would be a tie of bf16 and lose the last bit
+    rewrite(copied, lambda name, t: torch.full(t.shape, tie) if name.endswith("scales") else t)
+    scales = next(iter(sources.same_weights(copied, request(dtype=dtype)))).weights["same"].scales
+    assert torch.equal(scales, torch.full(scales.shape, 1 + 2.0**-7 if dtype == torch.bfloat16 else 1 + 2.0**-8).to(dtype))
+
+
+def test_a_quantisation_declared_beside_the_configuration(copied, gptq):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    (copied / "config.json").write_text(json.dumps(config))
+    name = "model.layers.0.self_attn.qkv_proj"
+    assert ModelFiles(copied).weight(name).equals(ModelFiles(gptq).weight(name))
+
+
+def test_shards_that_differ_in_their_group_index_are_named_with_the_file(copied):
+    rewrite(copied, lambda name, t: t.flip(0) if name.endswith("0.self_attn.k_proj.g_idx") else t)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot fuse .*k_proj.*their group indices differ"):
+        ModelFiles(copied).weight("model.layers.0.self_attn.qkv_proj")
 
 
 def test_own_wants_each_checkpoint_in_its_place(awq, gptq):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from qlab.errors import QlabError
+from qlab.quantize.llama import install
 from qlab.quantize.perplexity import dequantized, perplexity, unigram
 
 
@@ -39,8 +40,18 @@ def test_unigram_counts_with_one_added():
     assert found.nats == pytest.approx(-(math.log(3 / 6) + math.log(2 / 6) + 2 * math.log(1 / 6)) / 4)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_zero_biases_that_autogptq_adds_are_no_parameters(tiny, value):
+    bias = {"model.layers.1.mlp.down_proj.bias": torch.full((64,), value)}
+    if value:
+        with pytest.raises(QlabError, match=r"no tensor model\.layers\.1\.mlp\.down_proj\.bias"):
+            install(tiny(), {}, bias)
+    else:
+        install(tiny(), {}, bias)
+
+
 def test_directories_that_are_no_model_are_named(tmp_path):
-    with pytest.raises(QlabError, match=r"cannot read .*config\.json"):
+    with pytest.raises(QlabError, match=r"config\.json: the file is missing"):
         dequantized(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(QlabError, match=f"cannot load the model in {tmp_path}"):
