@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlab.checkpoint.files import read_json
 from qlab.errors import CheckpointError
 from qlab.inputs import random_activations, random_weight
 from qlab.lab.activations import TAPS, layer_inputs, tokenize
@@ -87,7 +86,7 @@ def own_weights(awq: Path, gptq: Path, request: Request, *, original: Path | Non
 
 def layer_count(directory: Path, request: Request) -> int:
     """How many layers a run over ``directory`` visits, for a progress bar."""
-    depth = read_json(directory, "config.json").get("num_hidden_layers")
+    depth = ModelFiles(directory).config.get("num_hidden_layers")
     if not isinstance(depth, int):
         raise CheckpointError(f"{directory / 'config.json'}: num_hidden_layers is {depth!r}; is this a Llama-like model?")
     names = (f"model.layers.{i}.{tap}" for i in range(depth) for tap in TAPS)
