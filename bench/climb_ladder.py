@@ -181,6 +181,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=4 if torch.cuda.is_available() else 1, help="kernels at a time")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # the process that climbs
     args = parser.parse_args()
+    if args.device not in ("cuda", "cpu"):
+        parser.error(f"--device {args.device} is neither cuda nor cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA GPU here; leave the option out to climb on the CPU")
     device, deadline = torch.device(args.device), time.monotonic() + args.seconds
     cases = CASES if device.type == "cuda" else SMALL_CASES
     if args.one:

@@ -3,8 +3,7 @@
     QLAB_VLLM_EXTENSION=/path/_C.abi3.so python -m bench.gpu_session --out results/h100 --hw h100
 
 Each step is a process of its own with its own time limit, so that a step that fails or hangs costs nothing but itself.
-``session.json`` says how each ended. Start again with ``--only`` to repeat single steps; what the
-others left stays.
+``session.json`` says how each ended. Start again with ``--only`` to repeat single steps; what the others left stays.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from bench.gemm import GPU_SHAPES
 from qlab.environment import Environment, collect
@@ -74,6 +75,10 @@ def steps(hw: str, out: Path, minutes: float) -> list[Step]:
     ]
 
 
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for JSON, figures and logs")
@@ -81,6 +86,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5.0, help="for the recordings")
     parser.add_argument("--only", help="comma-separated step names")
     args = parser.parse_args()
+    if not has_gpu():
+        parser.error("PyTorch finds no CUDA GPU here, and every step needs one; .ci/run checks what needs none")
     args.out.mkdir(parents=True, exist_ok=True)
     chosen = steps(args.hw, args.out, args.minutes)
     if args.only:

@@ -6,6 +6,7 @@ A table stands between ``<!-- table: FILE kernels -->`` (or ``pairs KERNEL,...``
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -52,6 +53,11 @@ def _recordings(path: Path) -> str:
     return f"{body}\n\n<sub>{where}; vLLM extension {result['extension'][:16]}. From `{path.relative_to(ROOT)}`.</sub>"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     readme = ROOT / "README.md"
     write_whole(readme, filled(readme.read_text()).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -333,6 +333,8 @@ def main() -> None:
     chosen = _chosen(options.kernels, options.without)
     if not chosen:
         parser.error(f"--kernels {options.kernels} names no kernel; known: {', '.join(k.name for k in kernels())}")
+    if options.device == "cpu" and all(k.name.startswith("vllm.") for k in chosen):
+        parser.error("vLLM's kernels need a CUDA GPU; PyTorch finds none here, or --device says cpu")
     options.out.mkdir(parents=True, exist_ok=True)
     recorder = Recorder(options.out, torch.device(options.device), chosen)
     deadline = recorder.start + 60 * options.minutes

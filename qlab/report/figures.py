@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -20,8 +21,11 @@ from qlab.serial import write_whole
 def heat_maps(r: LabResult, path: Path) -> None:
     """Two heat maps in one image, pairwise distance in total and error by layer, as .png, .svg or .pdf.
 
-    Raises QlabError when nothing ran or the suffix is no image format.
+    Raises QlabError when nothing ran or the suffix is another.
     """
+    suffix = path.suffix.lstrip(".").lower()
+    if suffix not in ("png", "svg", "pdf"):
+        raise QlabError(f"{path}: {suffix!r} is no image format here; name a .png, .svg or .pdf file")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -41,13 +45,10 @@ def heat_maps(r: LabResult, path: Path) -> None:
     lower.set_xticks(range(n), names, rotation=40, ha="right", fontsize=8)
     gpu = r.hardware.running
     title = f"{r.model}, {r.dtype}, mode {r.mode}; --hw {r.hardware.asked} on {gpu}; inputs {r.digest[:12]}"
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    letters = int(figure.get_figwidth() * 12)  # of 10 points, about half as wide as high
+    figure.suptitle(textwrap.fill(title, letters), fontsize=10, parse_math=False)
     buffer = io.BytesIO()
-    suffix = path.suffix.lstrip(".").lower() or "png"
-    try:
-        figure.savefig(buffer, format=suffix)
-    except ValueError:
-        raise QlabError(f"--plot {path}: {suffix!r} is no image format; use .png, .svg or .pdf") from None
+    figure.savefig(buffer, format=suffix)
     write_whole(path, buffer.getvalue())
 
 

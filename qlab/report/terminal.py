@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -126,8 +127,15 @@ def matrix(p: Pairs, width: int) -> Iterator[RenderableType]:
         rows.append([*below, "·", *above])
     labels = [f"{numbers[key]:>2} {key}" for key in p.keys]
     yield from _chunked(f"Pairwise, {where}: relative L2 below the diagonal, differing outputs above", labels, rows, width)
-    classes = "\n".join(f"    {letter(i)}  {', '.join(c)}" for i, c in enumerate(p.classes))
-    yield Text(f"  {spread(p.spread)}\n  bitwise equivalence classes:\n{classes}\n")
+    lines = [_hanging(f"    {letter(i)}  ", ", ".join(c), width) for i, c in enumerate(p.classes)]
+    yield Text("\n".join([f"  {spread(p.spread)}", "  bitwise equivalence classes:", *lines, ""]))
+
+
+def _hanging(label: str, text: str, width: int) -> str:
+    """``text`` behind ``label``, its further lines below its first."""
+    return textwrap.fill(
+        text, width, initial_indent=label, subsequent_indent=" " * len(label), break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _chunked(title: str, labels: list[str], rows: list[list[str]], width: int) -> Iterator[Titled]:
@@ -154,7 +162,7 @@ def dispatch_table(r: LabResult) -> Titled:
         rows.setdefault((d.label, d.kernel, d.reason), []).append(short(d.layer))
     every = len({d.layer for d in r.dispatch})
     for (label, kernel, reason), layers in sorted(rows.items()):
-        where = f"all {every}" if len(layers) == every else " ".join(layers)
+        where = f"all {every}" if len(layers) == every > 1 else " ".join(layers)
         t.row(label, kernel or "refused", escape(where), escape(reason))
     return t
 

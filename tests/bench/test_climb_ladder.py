@@ -36,6 +36,18 @@ def test_a_kernel_climbs_in_a_process_of_its_own(tmp_path: Path, monkeypatch: py
     assert (peer.rungs, peer.refusal) == ((), "needs a CUDA GPU")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+@pytest.mark.parametrize(("device", "said"), [("cuda", "finds no CUDA GPU here"), ("tpu", "neither cuda nor cpu")])
+def test_a_device_that_is_not_there_is_refused(
+    device: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["climb_ladder", "--json", str(tmp_path / "x.json"), "--device", device])
+    with pytest.raises(SystemExit):
+        ladder.main()
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_process_that_fails_or_hangs_costs_its_kernel_only(tmp_path: Path) -> None:
     stranger = Wrapped(kernel("reference.float64"), "nobody.knows")
     far = time.monotonic() + 60

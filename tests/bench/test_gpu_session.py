@@ -18,6 +18,8 @@ SLOW = Step("slow", ("timeit", "-n", "1", "-r", "1", "import time; time.sleep(60
 
 @pytest.fixture
 def session(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_session, "has_gpu", lambda: True)
+
     def go(*steps, only=()):
         monkeypatch.setattr(gpu_session, "steps", lambda hw, out, minutes: list(steps))
         arguments = ["gpu_session", "--out", str(tmp_path), *(("--only", ",".join(only)) if only else ())]
@@ -53,6 +55,16 @@ def test_an_unknown_step_is_refused(session, capsys):
         session(GOOD, only=["bood"])
     assert e.value.code == 2
     assert "--only bood: no such step; steps are good" in capsys.readouterr().err
+
+
+def test_without_a_gpu_it_says_so_at_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_session, "has_gpu", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_session", "--out", str(tmp_path / "new")])
+    with pytest.raises(SystemExit) as e:
+        gpu_session.main()
+    assert e.value.code == 2
+    assert "finds no CUDA GPU here" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_shapes_are_ones_that_the_command_takes(tmp_path):

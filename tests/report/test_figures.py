@@ -8,6 +8,7 @@ from dataclasses import replace
 import matplotlib.image
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from qlab import environment, hardware
 from qlab.backends.registry import kernel
@@ -64,9 +65,23 @@ def test_one_kernel_is_drawn(make, tmp_path):
     assert (tmp_path / "map.png").stat().st_size > 1000
 
 
+def test_the_title_is_not_cut(make, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    heat_maps(
+        replace(make("reference.float64", "reference.float32"), model="a model of a rather long name " * 3), tmp_path / "a.svg"
+    )
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    box, title = figure.bbox, figure.get_suptitle()
+    extent = figure.texts[0].get_window_extent()
+    assert "\n" in title
+    assert box.x0 <= extent.x0 < extent.x1 <= box.x1
+
+
 def test_nothing_to_draw(make, tmp_path):
     with pytest.raises(QlabError, match="no kernel ran on every layer"):
         heat_maps(make("vllm.marlin.gptq"), tmp_path / "map.png")
-    with pytest.raises(QlabError, match=r"'docx' is no image format; use \.png"):
+    with pytest.raises(QlabError, match=r"map\.docx: 'docx' is no image format here; name a \.png"):
         heat_maps(make("reference.float64"), tmp_path / "map.docx")
     assert not list(tmp_path.iterdir())

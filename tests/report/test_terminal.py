@@ -155,6 +155,17 @@ def test_dispatch_tells_which_layers(crowded):
     assert any("vllm.0" in line and "27.qkv_proj" in line for line in text.splitlines())
     assert any("vllm.1" in line and "27.gate_up_proj" in line for line in text.splitlines())
     assert "all 2" in printed(crowded, 120)
+    assert "all 1" not in printed(replace(crowded, dispatch=rows[:1]), 120)
+
+
+def test_a_long_class_goes_on_below_its_first_kernel(crowded):
+    total = crowded.pairs[-1]
+    one = replace(crowded, pairs=(*crowded.pairs[:-1], replace(total, classes=(total.keys,))))
+    lines = printed(one, 80).splitlines()
+    at = lines.index("  bitwise equivalence classes:") + 1
+    entry = [line for line in lines[at:] if line.strip()][:2]
+    assert entry[0].startswith(f"    A  {total.keys[0]}")
+    assert entry[1].startswith("       " + entry[1].strip()[0])
 
 
 @pytest.mark.parametrize(
