@@ -78,8 +78,8 @@ class _Centre:
 
     def __str__(self) -> str:
         return (
-            f"codes average {self.offset:+.2f} +- {self.error:.2f} above the stored zero point in {self.layers} layers "
-            f"(0: as is, 1: minus one; correlation {self.linked:.2f})"
+            f"codes lie {self.offset:+.2f} ± {self.error:.2f} from the stored zero points on average over {self.layers} "
+            "layers, where 0 means as is and +1 minus one"
         )
 
 

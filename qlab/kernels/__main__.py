@@ -29,7 +29,7 @@ def main(
     layers: Annotated[str, typer.Option(help="glob over layer names, e.g. '*.0.*'")] = "*",
     kernels: Annotated[str | None, typer.Option(help="comma-separated globs over kernel names, or vLLM labels")] = None,
     runs: Annotated[int, typer.Option(help="runs per kernel, for the noise floor", min=1)] = 2,
-    seed: Annotated[int, typer.Option(help="seed of --shape", min=0, max=2**62)] = 0,
+    seed: Annotated[int, typer.Option(help="seed of --shape", min=0, max=2**31 - 1)] = 0,
     probe: Annotated[bool, typer.Option("--probe", help="one-hot probe: each kernel's decoded weight, bit for bit")] = False,
     trusted: Annotated[Path | None, typer.Option(help="checkpoint that --probe compares --model with")] = None,
     pin_marlin: Annotated[bool, typer.Option("--pin-marlin", help="show dispatch with Machete disabled")] = False,

@@ -51,7 +51,7 @@ class ModelFiles:
         """Directory, method and what its zero points were found to be."""
         if self._checkpoint is None:
             return f"{self.directory.resolve().name}: unquantised, rounded to nearest here (symmetric, group {GROUP})"
-        return f"{self.directory.resolve().name}: {self.method}, {self._checkpoint.zero_points}"
+        return f"{self.directory.resolve().name} ({self.method}): {self._checkpoint.zero_points}"
 
     def weight(self, name: str) -> Int4Weight:
         """The linear ``name`` as vLLM runs it, its shards fused; rounded to nearest when the model is not quantised."""

@@ -74,9 +74,11 @@ def own_weights(awq: Path, gptq: Path, request: Request, *, original: Path | Non
     where the checkpoint keeps s; otherwise it comes from running the AWQ checkpoint itself.
     """
     models = {"awq": ModelFiles(awq, request.dtype), "gptq": ModelFiles(gptq, request.dtype)}
-    for source, model in models.items():
-        if model.method != source:
-            raise CheckpointError(f"--{source} {model.directory} holds a {model.method} checkpoint; name one of {source}")
+    for source, methods in {"awq": ("awq",), "gptq": ("gptq", "compressed-tensors")}.items():
+        model = models[source]
+        if model.method not in methods:
+            wanted = " or ".join(methods)
+            raise CheckpointError(f"--{source} {model.directory}: its method is {model.method}; name a checkpoint of {wanted}")
     own = None if models["awq"].keeps_input_scales else _activations(models["awq"], request)
     for name, x in _activations(ModelFiles(original) if original else models["gptq"], request):
         weights = {source: model.weight(name) for source, model in models.items()}

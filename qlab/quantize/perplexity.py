@@ -69,7 +69,7 @@ def dequantized(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Modul
     return model
 
 
-@command
+@command("qlab.quantize.perplexity")
 def main(
     model: Annotated[Path, typer.Option(help="Full-precision or INT4 directory, with its tokenizer.")],
     text: Annotated[Path, typer.Option(help="Held-out text, UTF-8.")],

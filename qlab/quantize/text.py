@@ -16,18 +16,21 @@ from qlab.errors import QlabError
 P = ParamSpec("P")
 
 
-def command(run: Callable[P, None]) -> Callable[P, None]:
-    """A command that answers bad input with one sentence on standard error and exit status 2."""
+def command(name: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """A command that answers bad input with one sentence behind its ``name`` on standard error and exit status 2."""
 
-    @wraps(run)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            run(*args, **kwargs)
-        except QlabError as e:
-            typer.echo(f"error: {e}", err=True)
-            raise typer.Exit(2) from None
+    def guard(run: Callable[P, None]) -> Callable[P, None]:
+        @wraps(run)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+            try:
+                run(*args, **kwargs)
+            except QlabError as e:
+                typer.echo(f"{name}: {e}", err=True)
+                raise typer.Exit(2) from None
 
-    return guarded
+        return guarded
+
+    return guard
 
 
 def read_text(file: Path) -> str:

@@ -100,7 +100,7 @@ def refused(result):
         ("--weights own --awq {awq}", "mode own needs both --awq and --gptq"),
         ("--weights own --gptq {gptq}", "mode own needs both --awq and --gptq"),
         ("--weights own --model {gptq}", "--model and --trusted belong to --weights same"),
-        ("--weights own --awq {gptq} --gptq {awq}", "holds a gptq checkpoint; name one of awq"),
+        ("--weights own --awq {gptq} --gptq {awq}", "its method is gptq; name a checkpoint of awq"),
         ("--shape 4,128,64 --json {tmp}/none/r.json", "--json {tmp}/none/r.json: the folder {tmp}/none does not exist"),
         ("--shape 4,128,64 --json {tmp}", "--json {tmp} is a folder; name a file"),
         ("--shape 4,128,64 --plot {tmp}/none/r.png", "--plot {tmp}/none/r.png: the folder {tmp}/none does not exist"),

@@ -116,7 +116,7 @@ def test_shards_that_differ_in_their_group_index_are_named_with_the_file(copied)
 
 
 def test_own_wants_each_checkpoint_in_its_place(awq, gptq):
-    with pytest.raises(CheckpointError, match=r"--awq .* holds a gptq checkpoint; name one of awq"):
+    with pytest.raises(CheckpointError, match=r"--awq .*: its method is gptq; name a checkpoint of awq"):
         list(sources.own_weights(gptq, awq, request()))
 
 
@@ -179,6 +179,6 @@ def test_a_path_without_a_name_is_described_by_its_folder(gptq, monkeypatch):
     from pathlib import Path
 
     monkeypatch.chdir(gptq)
-    assert ModelFiles(Path()).describe().startswith("gptq: gptq, zero points stored minus one, as declared")
+    assert ModelFiles(Path()).describe().startswith("gptq (gptq): zero points stored minus one, as declared")
     with pytest.raises(CheckpointError, match="is not a directory; name one"):
         ModelFiles(gptq / "none")

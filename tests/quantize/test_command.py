@@ -45,8 +45,9 @@ def run(command, *arguments):
 
 
 def call(home, out, *more, method="gptq", text="text.txt", model="model"):
-    common = ("--method", method, "--model", home / model, "--text", home / text, "--out", out)
-    return run(quantize, *common, "--group", 32, "--length", 16, "--samples", 8, *more)
+    common = ("--method", method, "--model", home / model, "--out", out, "--group", 32)
+    calibration = () if method == "rtn" else ("--text", home / text, "--length", 16, "--samples", 8)
+    return run(quantize, *common, *calibration, *more)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,11 @@ def test_bad_input_gets_one_sentence_and_status_2(home, tmp_path):
         (call(home, out, text="short.txt"), "fewer than one row of 16"),
         (call(home, tmp_path / "empty"), "exists already"),
         (call(home, out, "--group", 48), "not a multiple of the group size 48"),
-        (call(home, out, "--act-order", method="awq"), "act-order and static groups belong to gptq"),
+        (call(home, out, "--act-order", method="awq"), "--act-order belongs to --method gptq, not to awq"),
+        (call(home, out, "--damping", 0.01, method="rtn"), "--damping belongs to --method gptq, not to rtn"),
+        (call(home, out, "--no-clip"), "--no-clip belongs to --method awq, not to gptq"),
+        (call(home, out, "--samples", 8, method="rtn"), "--samples belongs to methods that calibrate"),
+        (call(home, out, "--version", 2, method="awq"), "--version belongs to the gptq layout, not to awq"),
         (call(home, out, "--version", 3), "--version is 1 or 2"),
         (call(home, out, "--samples", 0), "--samples must be 1 or more"),
         (call(home, out, "--damping", -1), "damping must be zero or positive"),
