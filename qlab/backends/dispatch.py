@@ -87,6 +87,8 @@ def _awq_marlin(label: str, gpu: Gpu, problem: Problem, pin_marlin: bool) -> Dis
     if gpu.capability < (7, 5):
         return Dispatch(label, "", f"vLLM's awq_marlin needs compute capability 7.5; {gpu.name} has {_dotted(gpu)}")
     refusal = vllm_marlin.shape_refusal(problem)
+    if problem.group_size not in (*vllm_marlin.GROUP_SIZES, problem.K):  # AWQMarlinConfig's own check, before any layer
+        return _awq(label, gpu, problem, f"{refusal}; vLLM refuses the label by name and, left to choose, takes awq: ")
     if refusal:  # asked of Marlin before Machete is thought of
         return _awq(label, gpu, problem, f"{refusal}, so vLLM falls back to awq: ")
     return _marlin_or_machete(label, "awq", gpu, problem, pin_marlin)

@@ -133,3 +133,11 @@ def test_the_answer_is_plain_frozen_data() -> None:
     assert found == Dispatch("awq", "vllm.awq_gemm", found.reason)
     with pytest.raises(AttributeError):
         found.kernel = "other"  # type: ignore[misc]
+
+
+def test_awq_marlin_by_name_is_refused_for_groups_that_marlin_lacks():
+    problem = Problem(16, 512, 512, 256, torch.float16, False, False, 1, 15)
+    found = dispatch("awq_marlin", gpu("h100"), problem)
+    assert found.kernel == "vllm.awq_gemm"
+    assert "refuses the label by name" in found.reason
+    assert "not 256" in found.reason
