@@ -11,7 +11,6 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from qlab import environment
 from qlab.backends import failure
 from qlab.backends.reference import oracle
 from qlab.backends.registry import YES, Kernel, Packed, Problem, Support, kernels
+from qlab.command import one_sentence
 from qlab.compare import moments
 from qlab.environment import Environment
 from qlab.errors import QlabError, UnsupportedError
@@ -338,6 +338,7 @@ def choose(globs: str) -> tuple[Kernel, ...]:
     return tuple(chosen.values())
 
 
+@one_sentence("bench.gemm")
 def main(
     shapes: Annotated[str | None, typer.Option(help="M,K,N;M,K,N;...")] = None,
     kernels: Annotated[str, typer.Option(help="comma-separated globs over kernel names; cuBLAS always runs")] = "*",
@@ -349,11 +350,7 @@ def main(
     device: Annotated[str, typer.Option(help="cuda; cpu times what runs there by the wall clock")] = "cuda",
 ) -> None:
     """Time every INT4 kernel that runs here beside cuBLAS, after its output passed a check against float64."""
-    try:
-        result = _run(shapes, kernels, group, dtype, symmetric, json, seconds_per_shape, device)
-    except QlabError as e:
-        print(f"bench.gemm: {e}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    result = _run(shapes, kernels, group, dtype, symmetric, json, seconds_per_shape, device)
     console = Console()
     console = console if console.is_terminal else Console(width=120)
     console.print(*tables(result))

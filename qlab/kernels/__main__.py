@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from qlab.command import one_sentence
+
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
 @app.command()
+@one_sentence("qlab.kernels")
 def main(
     hw: Annotated[str, typer.Option(help="GPU whose kernels and dispatch are asked for: h100, h200, a100, ...")] = "h100",
     weights: Annotated[
@@ -40,13 +42,7 @@ def main(
 ) -> None:
     """Run AWQ and GPTQ INT4 kernels side by side and say how far their results lie apart."""
     typed = {name: value for name, value in locals().items() if name != "every_layer"}
-    from qlab.errors import QlabError
-
-    try:
-        _run(typed, every_layer)
-    except QlabError as e:
-        print(f"qlab.kernels: {e}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    _run(typed, every_layer)
 
 
 def _run(typed: dict[str, Any], every_layer: bool) -> None:

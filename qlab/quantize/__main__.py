@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from qlab.checkpoint import write
+from qlab.command import one_sentence
 from qlab.errors import QlabError
 from qlab.quantize.llama import load, tokenizer
 from qlab.quantize.model import Options, quantize_model, steps
-from qlab.quantize.text import command, read_text, token_rows
+from qlab.quantize.text import read_text, token_rows
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -51,7 +52,7 @@ class Dtype(str, Enum):
 _FORMAT = {Method.awq: Format.awq, Method.gptq: Format.gptq, Method.rtn: Format.compressed_tensors}
 
 
-@command("qlab.quantize")
+@one_sentence("qlab.quantize")
 def main(
     method: Annotated[Method, typer.Option(help="How codes are chosen.")],
     model: Annotated[Path, typer.Option(help="Full-precision Llama directory, with its tokenizer.")],

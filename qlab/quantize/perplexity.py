@@ -14,8 +14,9 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from qlab.command import one_sentence
 from qlab.quantize.llama import empty, install, load, tokenizer
-from qlab.quantize.text import command, read_text, token_rows
+from qlab.quantize.text import read_text, token_rows
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def dequantized(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Modul
     return model
 
 
-@command("qlab.quantize.perplexity")
+@one_sentence("qlab.quantize.perplexity")
 def main(
     model: Annotated[Path, typer.Option(help="Full-precision or INT4 directory, with its tokenizer.")],
     text: Annotated[Path, typer.Option(help="Held-out text, UTF-8.")],

@@ -1,36 +1,14 @@
-"""What the commands share: text into rows of tokens, the same rows every time, and errors into one sentence."""
+"""Text into rows of tokens, the same rows every time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
-import typer
 from torch import Tensor
 
 from qlab.errors import QlabError
-
-P = ParamSpec("P")
-
-
-def command(name: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """A command that answers bad input with one sentence behind its ``name`` on standard error and exit status 2."""
-
-    def guard(run: Callable[P, None]) -> Callable[P, None]:
-        @wraps(run)
-        def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-            try:
-                run(*args, **kwargs)
-            except QlabError as e:
-                typer.echo(f"{name}: {e}", err=True)
-                raise typer.Exit(2) from None
-
-        return guarded
-
-    return guard
 
 
 def read_text(file: Path) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-import sys
 import textwrap
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from qlab.command import one_sentence
 from qlab.compare import Error
 from qlab.errors import QlabError
 from qlab.lab.results import TOTAL, LabResult
@@ -83,16 +83,13 @@ def _short_number(v: float) -> str:
     return f"{v:.2g}" if 0.01 <= v < 1000 else f"{mantissa}e{int(exponent)}"
 
 
+@one_sentence("qlab.report.figures")
 def main(
     result: Annotated[Path, typer.Argument(help="JSON that python -m qlab.kernels --json wrote")],
     out: Annotated[Path, typer.Argument(help=".png, .svg or .pdf to write")],
 ) -> None:
     """Draw a result's heat maps anew."""
-    try:
-        heat_maps(LabResult.read(result), out)
-    except QlabError as e:
-        print(f"qlab.report.figures: {e}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    heat_maps(LabResult.read(result), out)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from qlab.command import one_sentence
 from qlab.errors import QlabError
 from qlab.lab.results import TOTAL, LabResult
 from qlab.report.terminal import class_letters, number, share
@@ -68,18 +68,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+@one_sentence("qlab.report.markdown")
 def main(
     result: Annotated[Path, typer.Argument(help="JSON that python -m qlab.kernels --json wrote")],
     pairs: Annotated[str, typer.Option(help="comma-separated kernels for the pairwise table; all by default")] = "",
 ) -> None:
     """Print a result's tables as Markdown."""
-    try:
-        r = LabResult.read(result)
-        keys = [k.strip() for k in pairs.split(",") if k.strip()]
-        print(f"{caption(r)}\n\n{kernel_table(r)}\n\n{pair_table(r, keys)}")
-    except QlabError as e:
-        print(f"qlab.report.markdown: {e}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    r = LabResult.read(result)
+    keys = [k.strip() for k in pairs.split(",") if k.strip()]
+    print(f"{caption(r)}\n\n{kernel_table(r)}\n\n{pair_table(r, keys)}")
 
 
 if __name__ == "__main__":
