@@ -74,12 +74,29 @@ def ulp_errors(y: Tensor, exact: Tensor) -> Tensor:
     return e.masked_fill(~torch.isfinite(y), math.inf)
 
 
-def error(y: Tensor, exact: Tensor, magnitude: Tensor) -> Error:
-    """Error of ``y`` [M, N] against float64 ``exact``, with ``magnitude`` = sum_k |x||w| (float64) beside it."""
-    ulps = ulp_errors(y, exact)
+@dataclass(frozen=True)
+class Measured:
+    """One output against float64, in the parts that add up over several outputs."""
+
+    moments: Moments
+    ulps: Tensor
+    """:func:`ulp_errors`, float64, of y's shape."""
+    backward: float
+
+    def error(self) -> Error:
+        return Error(self.moments.relative_l2, float(self.ulps.median()), float(self.ulps.max()), self.backward)
+
+
+def measure(y: Tensor, exact: Tensor, magnitude: Tensor) -> Measured:
+    """``y`` [M, N] against float64 ``exact``, with ``magnitude`` = sum_k |x||w| (float64) beside it."""
     distance = (y.double() - exact).abs()
     backward = torch.where(distance == 0, 0.0, distance / magnitude).masked_fill(~torch.isfinite(y), math.inf)
-    return Error(moments(y, exact).relative_l2, float(ulps.median()), float(ulps.max()), float(backward.max()))
+    return Measured(moments(y, exact), ulp_errors(y, exact), float(backward.max()))
+
+
+def error(y: Tensor, exact: Tensor, magnitude: Tensor) -> Error:
+    """Error of ``y`` [M, N]; arguments as in :func:`measure`."""
+    return measure(y, exact, magnitude).error()
 
 
 def digest(y: Tensor) -> str:

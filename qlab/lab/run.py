@@ -18,7 +18,7 @@ from qlab.errors import QlabError
 from qlab.lab.faults import Shards
 from qlab.lab.probe import probe as run_probe
 from qlab.lab.results import SCHEMA, TOTAL, Cell, Column, DispatchRow, Hardware, Input, LabResult, Pairs, ProbeResult
-from qlab.weights import Int4Weight, tensor_bytes
+from qlab.weights import Int4Weight
 
 SAME = "same"
 
@@ -117,7 +117,7 @@ def run(
     pairs: list[Pairs] = []
     dispatched: list[DispatchRow] = []
     probes: list[ProbeResult] = []
-    total: dict[tuple[str, str], list[float]] = {}
+    total: dict[tuple[str, str], _Apart] = {}
     for layer in layers:
         outputs: dict[str, Tensor] = {}
         exact = _Exact(layer, plan.device)
@@ -130,13 +130,16 @@ def run(
             if y is not None:
                 outputs[column.key] = y
             if plan.probe:
-                probes.append(_probe(layer, column, kernel, what_hw, plan))
-        pairs.append(_pairs(layer.name, outputs, {c.key: exact.norm(c.source) for c, _ in table}, total))
+                probes.append(_probe(layer, column, kernel, exact.weights[column.source], what_hw, plan))
+        norms = {source: exact.norm(source) for source in layer.weights}
+        apart = _apart(outputs, {c.key: norms[c.source] for c, _ in table})
+        for both, sums in apart.items():
+            total[both] = total[both] + sums if both in total else sums
+        pairs.append(_pairs(layer.name, {k: tallies[k].digests[-1] for k in outputs}, apart))
     if not inputs:
         raise QlabError("nothing to run: there is no layer; choose others with --layers")
     cells += [_total_cell(c.key, tallies[c.key]) for c, _ in table]
-    everywhere = {c.key: t for c, _ in table if not (t := tallies[c.key]).missing}
-    pairs.append(_total_pairs(everywhere, total))
+    pairs.append(_pairs(TOTAL, {c.key: _joined(t.digests) for c, _ in table if not (t := tallies[c.key]).missing}, total))
     digest = hashlib.sha256("".join(i.weight_digest + i.input_digest for i in inputs).encode()).hexdigest()
     return LabResult(
         SCHEMA,
@@ -189,7 +192,7 @@ def _one(
     layer: Layer, column: Column, kernel: Kernel, exact: _Exact, hw: Hardware, plan: Plan, tally: _Tally
 ) -> tuple[Cell, Tensor | None]:
     weight, x = exact.weights[column.source], exact.inputs[column.source]
-    reason = _refusal(kernel, Problem.of(weight, x.shape[0]), hw, plan)
+    reason = _foreign(kernel, hw) or kernel.supports(Problem.of(weight, x.shape[0]), plan.device).reason
     ys: list[Tensor] = []
     if not reason:
         try:
@@ -203,41 +206,33 @@ def _one(
         return Cell(layer.name, column.key, reason, "", None, None, None, 0), None
     true, magnitude = exact.of(column.source)
     y, digests = ys[0], [compare.digest(y) for y in ys]
-    err = compare.error(y, true, magnitude)
+    measured = compare.measure(y, true, magnitude)
+    err = measured.error()
     floors = [_moved(other, y) for other in ys[1:]]
     floor = max(floors, key=lambda m: m.squared_error, default=None)
-    tally.moments += compare.moments(y, true)
-    tally.ulps.append(compare.ulp_errors(y, true).float().flatten().cpu())
+    tally.moments += measured.moments
+    tally.ulps.append(measured.ulps.float().flatten().cpu())
     tally.ulp_max = max(tally.ulp_max, err.ulp_max)
     tally.backward = max(tally.backward, err.backward)
     tally.digests.append(digests[0])
     tally.runs = plan.runs
+    repeatable = None if floor is None else len(set(digests)) == 1
     if floor is not None:
         tally.floor += floor
-        tally.repeatable &= len(set(digests)) == 1
-    cell = Cell(
-        layer.name,
-        column.key,
-        "",
-        digests[0],
-        err,
-        None if floor is None else len(set(digests)) == 1,
-        None if floor is None else floor.relative_l2,
-        plan.runs,
-    )
-    return cell, y
+        tally.repeatable &= bool(repeatable)
+    noise = None if floor is None else floor.relative_l2
+    return Cell(layer.name, column.key, "", digests[0], err, repeatable, noise, plan.runs), y
 
 
-def _refusal(kernel: Kernel, problem: Problem, hw: Hardware, plan: Plan) -> str:
+def _foreign(kernel: Kernel, hw: Hardware) -> str:
+    """Why a kernel's bits here would not be the asked GPU's; empty when they would, and without a GPU."""
     if hw.device == "cuda" and not hw.native and not kernel.portable:
         return f"--hw {hw.asked} is not this GPU ({hw.running}): its bits would be another GPU's"
-    return kernel.supports(problem, plan.device).reason
+    return ""
 
 
-def _probe(layer: Layer, column: Column, kernel: Kernel, hw: Hardware, plan: Plan) -> ProbeResult:
-    weight = layer.weights[column.source].to(plan.device)
-    if hw.device == "cuda" and not hw.native and not kernel.portable:
-        reason = _refusal(kernel, Problem.of(weight, 1), hw, plan)
+def _probe(layer: Layer, column: Column, kernel: Kernel, weight: Int4Weight, hw: Hardware, plan: Plan) -> ProbeResult:
+    if reason := _foreign(kernel, hw):
         return ProbeResult(layer.name, column.key, reason, 0, weight.K * weight.N, "", ())
     trusted = layer.expected[column.source].to(plan.device) if layer.expected else None
     return run_probe(kernel, weight, trusted, layer=layer.name, key=column.key, shards=layer.shards)
@@ -255,7 +250,7 @@ def _describe(layer: Layer, source: str) -> Input:
         w.symmetric,
         w.act_order,
         w.digest(),
-        hashlib.sha256(tensor_bytes(x)).hexdigest(),
+        compare.digest(x),
     )
 
 
@@ -269,20 +264,40 @@ def _dispatch(layer: Layer, plan: Plan) -> list[DispatchRow]:
     return rows
 
 
-def _pairs(name: str, outputs: dict[str, Tensor], norms: dict[str, float], total: dict[tuple[str, str], list[float]]) -> Pairs:
-    keys = tuple(outputs)
+@dataclass(frozen=True)
+class _Apart:
+    """Two kernels' outputs, in sums that add up over layers."""
+
+    moments: compare.Moments
+    """Squared distance, and the mean of both exact squared norms."""
+    differing: int
+    elements: int
+
+    def __add__(self, other: _Apart) -> _Apart:
+        return _Apart(self.moments + other.moments, self.differing + other.differing, self.elements + other.elements)
+
+
+def _apart(outputs: Mapping[str, Tensor], norms: Mapping[str, float]) -> dict[tuple[str, str], _Apart]:
+    """Every pair of outputs, keyed (later, earlier) in the order of ``outputs``; ``norms`` holds exact squared norms."""
+    keys = list(outputs)
+    found = {}
+    for i, a in enumerate(keys):
+        for b in keys[:i]:
+            m = compare.Moments(_moved(outputs[a], outputs[b]).squared_error, (norms[a] + norms[b]) / 2)
+            found[a, b] = _Apart(m, compare.differing(outputs[a], outputs[b]), outputs[a].numel())
+    return found
+
+
+def _pairs(name: str, digests: Mapping[str, str], apart: Mapping[tuple[str, str], _Apart]) -> Pairs:
+    keys = tuple(digests)
     distance = [[0.0] * len(keys) for _ in keys]
     share = [[0.0] * len(keys) for _ in keys]
     for i, a in enumerate(keys):
         for j, b in enumerate(keys[:i]):
-            squared, scale = _moved(outputs[a], outputs[b]).squared_error, (norms[a] + norms[b]) / 2
-            count = compare.differing(outputs[a], outputs[b])
-            distance[i][j] = distance[j][i] = compare.Moments(squared, scale).relative_l2
-            share[i][j] = share[j][i] = count / outputs[a].numel()
-            sums = total.setdefault((a, b), [0.0, 0.0, 0.0, 0.0])
-            for at, v in enumerate((squared, scale, count, outputs[a].numel())):
-                sums[at] += v
-    classes = compare.equivalence_classes({k: compare.digest(y) for k, y in outputs.items()})
+            both = apart[a, b]
+            distance[i][j] = distance[j][i] = both.moments.relative_l2
+            share[i][j] = share[j][i] = both.differing / both.elements
+    classes = compare.equivalence_classes(digests)
     return Pairs(name, keys, _frozen(distance), _frozen(share), compare.off_diagonal(distance), classes)
 
 
@@ -308,19 +323,6 @@ def _total_cell(key: str, t: _Tally) -> Cell:
         t.floor.relative_l2 if repeated else None,
         t.runs,
     )
-
-
-def _total_pairs(tallies: dict[str, _Tally], total: dict[tuple[str, str], list[float]]) -> Pairs:
-    keys = tuple(tallies)
-    distance = [[0.0] * len(keys) for _ in keys]
-    share = [[0.0] * len(keys) for _ in keys]
-    for i, a in enumerate(keys):
-        for j, b in enumerate(keys[:i]):
-            squared, scale, count, elements = total[(a, b)]
-            distance[i][j] = distance[j][i] = compare.Moments(squared, scale).relative_l2
-            share[i][j] = share[j][i] = count / elements
-    classes = compare.equivalence_classes({k: _joined(t.digests) for k, t in tallies.items()})
-    return Pairs(TOTAL, keys, _frozen(distance), _frozen(share), compare.off_diagonal(distance), classes)
 
 
 def _joined(digests: list[str]) -> str:
