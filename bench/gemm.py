@@ -38,12 +38,11 @@ from qlab.environment import Environment
 from qlab.errors import QlabError, UnsupportedError
 from qlab.inputs import random_activations, random_weight
 from qlab.serial import write_json
-from qlab.weights import Int4Weight
+from qlab.weights import DTYPES, Int4Weight
 
 SCHEMA = "qlab.bench.gemm/1"
 GPU_SHAPES = tuple((m, k, n) for k, n in ((4096, 4096), (14336, 4096), (4096, 28672)) for m in (1, 16, 64, 256))
 CPU_SHAPES = ((2, 256, 128),)
-DTYPES = {"float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 ROUNDINGS = 16
 """Roundings to the activations' dtype that any kernel is allowed on the way to one output: decoding, parts joined, the last."""
 FP16_SUMS = ("vllm.awq_triton", "vllm.gptq_gemm")

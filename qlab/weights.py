@@ -16,6 +16,8 @@ from torch import Tensor
 from qlab.errors import WeightError
 
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = {"float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
+"""The same by the names that commands take."""
 
 
 @dataclass(frozen=True, eq=False)

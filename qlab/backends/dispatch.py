@@ -19,7 +19,14 @@ from qlab.backends.vllm_kernel import VllmKernel
 from qlab.errors import QlabError
 from qlab.hardware import Gpu
 
-LABELS = ("awq", "awq_marlin", "gptq", "gptq_marlin")
+KERNELS = {
+    "awq": ("vllm.awq_gemm", "vllm.awq_dequantize"),
+    "awq_marlin": ("vllm.marlin.awq", "vllm.machete.awq"),
+    "gptq": ("vllm.gptq_gemm",),
+    "gptq_marlin": ("vllm.marlin.gptq", "vllm.machete.gptq"),
+}
+"""vLLM's labels, each with the kernels that it can run."""
+LABELS = tuple(KERNELS)
 AWQ_DEQUANTIZE_TOKENS = 256
 """From so many tokens on, ``awq`` dequantises and calls cuBLAS."""
 EXLLAMA_TOKENS = 50

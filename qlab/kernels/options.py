@@ -17,20 +17,13 @@ from qlab.errors import QlabError
 from qlab.lab import sources
 from qlab.lab.model_files import ModelFiles
 from qlab.lab.run import SAME, Layer, Plan
+from qlab.weights import DTYPES
 
 TOKENS = 16
 GROUP = 128
 """Group size of ``--shape``."""
 MOST = 2**31
 """Elements of a ``--shape``'s largest matrix; float64 takes 16 GiB for them."""
-DTYPES = {"float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
-LABELS = {
-    "awq": ("vllm.awq_gemm", "vllm.awq_dequantize"),
-    "awq_marlin": ("vllm.marlin.awq", "vllm.machete.awq"),
-    "gptq": ("vllm.gptq_gemm",),
-    "gptq_marlin": ("vllm.marlin.gptq", "vllm.machete.gptq"),
-}
-"""vLLM's labels as a choice of kernels: everything that the label can dispatch to."""
 SHIPPED = "shipped model (8M-parameter Llama"
 
 
@@ -219,17 +212,17 @@ def _text(path: Path | None) -> str:
 
 def _kernels(patterns: str | None, *, machete: bool) -> Sequence[Kernel]:
     """Kernels by name, glob or vLLM label; a label means Machete too only where vLLM would take it."""
-    from qlab.backends import registry
+    from qlab.backends import dispatch, registry
 
     everything = registry.kernels()
     if patterns is None:
         return everything
     chosen = []
     for pattern in (p.strip() for p in patterns.split(",")):
-        names = [name for name in LABELS.get(pattern, ()) if machete or not name.startswith("vllm.machete.")]
+        names = [name for name in dispatch.KERNELS.get(pattern, ()) if machete or not name.startswith("vllm.machete.")]
         found = [k for k in everything if k.name in names or fnmatch.fnmatch(k.name, pattern)]
         if not found:
-            known = ", ".join((*LABELS, *(k.name for k in everything)))
+            known = ", ".join((*dispatch.KERNELS, *(k.name for k in everything)))
             raise QlabError(f"--kernels {pattern!r} matches nothing; known: {known}")
         chosen += [k for k in found if k not in chosen]
     return tuple(chosen)
