@@ -34,6 +34,8 @@ class Problem:
     act_order: bool
     zero_min: int = 8
     zero_max: int = 8
+    bias: bool = False
+    """Whether a bias is added inside the call."""
 
     @classmethod
     def of(cls, weight: Int4Weight, m: int) -> Problem:

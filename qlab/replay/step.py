@@ -2,7 +2,8 @@
 
 Per output element, K is cut into chunks of ``step.terms`` products, ascending. In each chunk the accumulator and the exact
 products are aligned to the largest exponent, truncated toward zero to ``step.fraction_bits`` bits below it and added exactly;
-the sum is rounded toward zero to fp32. Numbers travel as their bits, so that NaN, -0 and subnormals survive the way.
+the sum is rounded toward zero to fp32, or to nearest to fp16 where the accumulator is fp16. Numbers travel as their bits, so
+that NaN, -0 and subnormals survive the way.
 
 Sources: Khattak and Mikaitis, arXiv 2512.07004; MMA-Sim, arXiv 2511.10909.
 """
@@ -10,6 +11,7 @@ Sources: Khattak and Mikaitis, arXiv 2512.07004; MMA-Sim, arXiv 2511.10909.
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -110,36 +112,74 @@ def _decode(bits: NDArray[np.unsignedinteger], dtype: torch.dtype) -> _Numbers:
     )
 
 
-def _chunk(a: Bits16, b: Bits16, c: Bits32, step: Step, dtype: torch.dtype) -> Bits32:
+def half_dot_add(a: Bits16, b: Bits16, c: Bits16, step: Step) -> Bits16:
+    """The same with an fp16 accumulator and fp16 inputs: c and the result are uint16 [R], each fused sum rounded to nearest.
+
+    NaN comes out as 0x7FFF. ``step.zero_exponent_fp16`` takes the place of ``step.zero_exponent``.
+    """
+    narrow = replace(step, zero_exponent=step.zero_exponent_fp16)
+    for k in range(0, a.shape[1], step.terms):
+        c = _chunk(a[:, k : k + step.terms], b[:, k : k + step.terms], c, narrow, torch.float16, torch.float16).astype(np.uint16)
+    return c.copy()
+
+
+def _chunk(
+    a: Bits16,
+    b: Bits16,
+    c: Bits32 | Bits16,
+    step: Step,
+    dtype: torch.dtype,
+    accumulator: torch.dtype = torch.float32,
+) -> Bits32:
     """One fused sum: a, b [R, L], c [R]."""
-    x, y, start = _decode(a, dtype), _decode(b, dtype), _decode(c, torch.float32)
+    x, y, start = _decode(a, dtype), _decode(b, dtype), _decode(c, accumulator)
     product = x.significand * y.significand
     terms = np.concatenate([start.significand[:, None], product], axis=1)  # [R, L + 1]
     exponent = np.concatenate([start.exponent[:, None], x.exponent + y.exponent], axis=1)
-    fraction_bits = np.array([23] + [2 * _FORMATS[dtype].fraction_bits] * a.shape[1])
+    fraction_bits = np.array([_FORMATS[accumulator].fraction_bits] + [2 * _FORMATS[dtype].fraction_bits] * a.shape[1])
 
     exponent = np.where(terms == 0, step.zero_exponent, exponent)
     unit = exponent.max(axis=1) - step.fraction_bits  # the last bit kept is worth 2^unit
     shift = exponent - fraction_bits - unit[:, None]
     magnitude = np.abs(terms) << np.maximum(shift, 0) >> np.minimum(np.maximum(-shift, 0), 63)
     sums: Int64 = (np.sign(terms) * magnitude).sum(axis=1)
-    result = _round_toward_zero(sums, unit)
+    half = accumulator == torch.float16
+    result = _round_to_nearest_half(sums, unit) if half else _round_toward_zero(sums, unit)
 
     zero = ((x.significand == 0) & y.infinite) | ((y.significand == 0) & x.infinite)
     infinite = np.concatenate([start.infinite[:, None], x.infinite | y.infinite], axis=1)
     negative = np.concatenate([start.negative[:, None], x.negative ^ y.negative], axis=1)
     minus, plus = (infinite & negative).any(axis=1), (infinite & ~negative).any(axis=1)
     nan = start.nan | (x.nan | y.nan | zero).any(axis=1) | (minus & plus)
-    result = np.where(plus, INFINITY, np.where(minus, INFINITY | SIGN, result))
-    return np.where(nan, NAN, result).astype(np.uint32)
+    infinity, sign, not_a_number = (np.uint32(0x7C00), np.uint32(0x8000), np.uint32(0x7FFF)) if half else (INFINITY, SIGN, NAN)
+    result = np.where(plus, infinity, np.where(minus, infinity | sign, result))
+    return np.where(nan, not_a_number, result).astype(np.uint32)
+
+
+def _round_to_nearest_half(sums: Int64, unit: Int64) -> Bits32:
+    """fp16 bits of ``sums * 2^unit`` [R], to nearest even; too large gives infinity, zero gives +0."""
+    magnitude = np.abs(sums)
+    top = _top_bit(magnitude)
+    drop = np.maximum(top - 10, -24 - unit)  # bits below fp16's last one, subnormal results included
+    shift = np.clip(drop, 0, 62)  # a sum of 62 bits or fewer, shifted by 62, is less than half of the last place
+    kept = magnitude << np.maximum(-drop, 0) >> shift
+    rest, half = magnitude & ((1 << shift) - 1), np.where(shift > 0, 1 << np.maximum(shift - 1, 0), 1)
+    kept += (drop > 0) & ((rest > half) | ((rest == half) & (kept & 1 == 1)))
+    # A carry out of the significand, and the hidden bit, run into the exponent field, as they should.
+    bits = np.minimum(((drop + unit + 24) << 10) + kept, 0x7C00)
+    return np.where(magnitude == 0, 0, np.where(sums < 0, bits | 0x8000, bits)).astype(np.uint32)
+
+
+def _top_bit(magnitude: Int64) -> Int64:
+    """Index of the highest set bit; -1 for zero. frexp is exact only while a number fits a double: halves are taken apart."""
+    high, low = magnitude >> 32, magnitude & 0xFFFFFFFF
+    return np.where(high > 0, np.frexp(high)[1] + 31, np.frexp(low)[1] - 1).astype(np.int64)
 
 
 def _round_toward_zero(sums: Int64, unit: Int64) -> Bits32:
     """fp32 bits of ``sums * 2^unit`` [R], rounded toward zero; too large gives infinity, zero gives +0."""
     magnitude = np.abs(sums)
-    # frexp is exact for the top bit only while the sum fits a double, so look at the high and the low half apart.
-    high, low = magnitude >> 32, magnitude & 0xFFFFFFFF
-    top = np.where(high > 0, np.frexp(high)[1] + 31, np.frexp(low)[1] - 1)
+    top = _top_bit(magnitude)
     drop = np.maximum(top - 23, -149 - unit)  # bits below fp32's last one, subnormal results included
     kept = magnitude << np.maximum(-drop, 0) >> np.minimum(np.maximum(drop, 0), 63)
     # The hidden bit of a normal number carries into the exponent field, which therefore starts one lower.

@@ -1,0 +1,41 @@
+"""What each kernel computes, as a recipe: one file per kernel family, each with its names in ``KERNELS``.
+
+A new family is one file in this folder with a ``KERNELS`` mapping; nothing else needs an edit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+
+from qlab.backends.registry import Problem
+from qlab.errors import UnsupportedError
+from qlab.hardware import Gpu
+from qlab.recipe import Recipe
+from qlab.recipes.build import DEFAULT, Build
+
+Builder = Callable[[Problem, Gpu, Build], Recipe]
+
+
+@lru_cache(maxsize=1)
+def builders() -> Mapping[str, Builder]:
+    """Every kernel that has a recipe, by its name in the registry."""
+    found: dict[str, Builder] = {}
+    for module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
+        found |= getattr(importlib.import_module(f"{__name__}.{module}"), "KERNELS", {})
+    return found
+
+
+def recipe(kernel: str, problem: Problem, gpu: Gpu, build: Build = DEFAULT) -> Recipe:
+    """What ``kernel`` (a registry name) computes for ``problem`` on ``gpu``.
+
+    The problem must be one that the kernel runs; nothing here checks it. Raises UnsupportedError where no recipe is known.
+    """
+    if kernel not in builders():
+        raise UnsupportedError(f"{kernel} has no recipe; kernels that have one: {', '.join(sorted(builders()))}")
+    return builders()[kernel](problem, gpu, build)
+
+
+__all__ = ["DEFAULT", "Build", "Builder", "builders", "recipe"]
