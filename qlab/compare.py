@@ -113,6 +113,14 @@ def differing(a: Tensor, b: Tensor) -> int:
     return int((a.contiguous().view(bits) != b.contiguous().view(bits)).sum())
 
 
+def differing_bits(a: Tensor, b: Tensor) -> int:
+    """Number of bits that differ between two outputs of 16-bit elements. Raises ValueError when shapes or dtypes do."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.element_size() != 2:
+        raise ValueError(f"cannot compare {a.dtype} {list(a.shape)} with {b.dtype} {list(b.shape)} bit by bit")
+    apart = a.contiguous().view(torch.int16).int() ^ b.contiguous().view(torch.int16).int()
+    return sum(int(((apart >> i) & 1).sum()) for i in range(16))
+
+
 def equivalence_classes(digests: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
     """Names whose outputs are bitwise equal, grouped; in the order in which each class is first met."""
     classes: dict[str, list[str]] = {}

@@ -43,6 +43,9 @@ class Gpu:
     capability: tuple[int, int]
     step: Step
     bandwidth: float
+    proved: bool = False
+    """Whether whole kernels were compared with their replays on this model. Elsewhere a replay is a prediction, which rests on
+    the step (measured on single instructions) and on the kernels' source."""
 
     def same_arithmetic(self, other: Gpu) -> bool:
         """True when a kernel's bits cannot tell the two apart: same step, same SM count, same instruction set."""
@@ -56,9 +59,9 @@ GPUS: tuple[Gpu, ...] = (
     Gpu("a10", "NVIDIA A10", 72, (8, 6), AMPERE, 0.600e12),
     Gpu("l40s", "NVIDIA L40S", 142, (8, 9), AMPERE, 0.864e12),
     Gpu("rtx4090", "NVIDIA GeForce RTX 4090", 128, (8, 9), AMPERE, 1.008e12),
-    Gpu("h100", "NVIDIA H100 80GB HBM3", 132, (9, 0), HOPPER, 3.352e12),
+    Gpu("h100", "NVIDIA H100 80GB HBM3", 132, (9, 0), HOPPER, 3.352e12, proved=True),
     Gpu("h100-pcie", "NVIDIA H100 PCIe", 114, (9, 0), HOPPER, 2.039e12),
-    Gpu("h200", "NVIDIA H200", 132, (9, 0), HOPPER, 4.800e12),
+    Gpu("h200", "NVIDIA H200", 132, (9, 0), HOPPER, 4.800e12, proved=True),
     Gpu("b200", "NVIDIA B200", 148, (10, 0), HOPPER, 8.000e12),
 )
 _BY_KEY = {g.key: g for g in GPUS}

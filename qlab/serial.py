@@ -36,16 +36,20 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(kind: type[T], plain: Any, where: str = "result") -> T:
-    """The dataclass ``kind`` from plain data. Raises QlabError naming the field that is missing, unknown or of a wrong type."""
+    """The dataclass ``kind`` from plain data; fields that are absent take their defaults.
+
+    Raises QlabError naming the field that is missing, unknown or of a wrong type.
+    """
     hints = typing.get_type_hints(kind)
     if not isinstance(plain, dict):
         raise QlabError(f"{where}: expected an object, not {type(plain).__name__}")
-    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if unknown := sorted(set(plain) - names):
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    if unknown := sorted(set(plain) - {f.name for f in fields}):
         raise QlabError(f"{where}: unknown field {unknown[0]!r}; the file was written by another version of qlab")
-    if missing := sorted(names - set(plain)):
+    needed = {f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    if missing := sorted(needed - set(plain)):
         raise QlabError(f"{where}: field {missing[0]!r} is missing")
-    return kind(**{name: _value(hints[name], plain[name], f"{where}.{name}") for name in names})
+    return kind(**{name: _value(hints[name], v, f"{where}.{name}") for name, v in plain.items()})
 
 
 def _value(hint: Any, v: Any, where: str) -> Any:

@@ -88,6 +88,10 @@ class Kernel(ABC):
     note: str = ""
     """One line: what it computes and in which order."""
 
+    def refusal(self, problem: Problem, capability: tuple[int, int]) -> str:
+        """Why the kernel cannot run ``problem`` on a GPU of that compute capability, wherever this is; empty when it can."""
+        return ""
+
     @abstractmethod
     def supports(self, problem: Problem, device: torch.device) -> Support:
         """Whether it can run ``problem`` on ``device``, with the reason if not."""

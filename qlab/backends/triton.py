@@ -56,16 +56,20 @@ class TritonKernel(Kernel):
             return Support(False, f"{_name(problem.dtype)}: Triton's interpreter computes it wrongly; it needs a CUDA GPU")
         if not interpreted and device.type != "cuda":
             return Support(False, f"device {device.type}: needs a CUDA GPU, or TRITON_INTERPRET=1 set before Python starts")
-        if not interpreted and torch.cuda.get_device_capability(device) < (8, 0):
-            return Support(False, "needs a GPU of compute capability 8.0 or later")
-        if problem.N % 8:
-            return Support(False, f"N={problem.N} is not a multiple of 8")
-        if problem.group_size % 32 and problem.group_size != problem.K:
-            return Support(False, f"group size {problem.group_size} is neither a multiple of 32 nor the whole column")
-        return self.holds(problem)
+        reason = self.refusal(problem, (8, 0) if interpreted else torch.cuda.get_device_capability(device))
+        return Support(False, reason) if reason else YES
 
-    def holds(self, problem: Problem) -> Support:
-        """Whether the storage layout can hold the weight."""
+    def refusal(self, problem: Problem, capability: tuple[int, int]) -> str:
+        if capability < (8, 0):
+            return "needs a GPU of compute capability 8.0 or later"
+        if problem.N % 8:
+            return f"N={problem.N} is not a multiple of 8"
+        if problem.group_size % 32 and problem.group_size != problem.K:
+            return f"group size {problem.group_size} is neither a multiple of 32 nor the whole column"
+        return self.cannot_hold(problem)
+
+    def cannot_hold(self, problem: Problem) -> str:
+        """Why the storage layout cannot hold the weight; empty when it can."""
         raise NotImplementedError
 
     def version(self) -> str:
@@ -83,12 +87,12 @@ class AwqGemm(TritonKernel):
     def __init__(self, name: str, split: bool, note: str):
         self.name, self.split, self.note = name, split, note
 
-    def holds(self, problem: Problem) -> Support:
+    def cannot_hold(self, problem: Problem) -> str:
         if problem.act_order:
-            return Support(False, "the AWQ layout has no group index (act-order)")
+            return "the AWQ layout has no group index (act-order)"
         if problem.zero_max > 15:
-            return Support(False, f"the AWQ layout cannot hold zero point {problem.zero_max}")
-        return YES
+            return f"the AWQ layout cannot hold zero point {problem.zero_max}"
+        return ""
 
     def pack(self, weight: Int4Weight) -> Packed:
         t = awq.pack(weight)
@@ -117,13 +121,13 @@ class GptqGemm(TritonKernel):
         self.name, self.split, self.stored, self.note = name, split, stored, note
         self.zero_range = (1, 16) if stored == 1 else (0, 15)
 
-    def holds(self, problem: Problem) -> Support:
+    def cannot_hold(self, problem: Problem) -> str:
         if problem.K % 8:
-            return Support(False, f"K={problem.K} is not a multiple of 8, the rows in one int32")
+            return f"K={problem.K} is not a multiple of 8, the rows in one int32"
         for zero in (problem.zero_min, problem.zero_max):
             if not self.zero_range[0] <= zero <= self.zero_range[1]:
-                return Support(False, f"the GPTQ v{self.stored} layout cannot hold zero point {zero}")
-        return YES
+                return f"the GPTQ v{self.stored} layout cannot hold zero point {zero}"
+        return ""
 
     def pack(self, weight: Int4Weight) -> Packed:
         t = gptq.pack(weight, version=self.stored)

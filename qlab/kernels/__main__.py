@@ -16,6 +16,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 @one_sentence("qlab.kernels")
 def main(
     hw: Annotated[str, typer.Option(help="GPU whose kernels and dispatch are asked for: h100, h200, a100, ...")] = "h100",
+    against: Annotated[
+        str | None, typer.Option(help="GPU to compare --hw with, by replay: a100 by default (h100 for a100), or none")
+    ] = None,
     weights: Annotated[
         str, typer.Option(help="[b]same[/]: one weight and input for all kernels; [b]own[/]: each checkpoint its own")
     ] = "same",

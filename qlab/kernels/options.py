@@ -32,6 +32,7 @@ class Options:
     """The command's options, as typed."""
 
     hw: str
+    against: str | None
     weights: str
     model: Path | None
     awq: Path | None
@@ -114,9 +115,19 @@ def work(o: Options) -> Work:
         runs=o.runs,
         probe=o.probe,
         pin_marlin=o.pin_marlin,
+        against=_against(o),
         arguments=o.given(),
     )
     return Work(plan, layers, count)
+
+
+def _against(o: Options) -> hardware.Gpu | None:
+    """The GPU to compare with: A100 unless it is asked for itself."""
+    if o.against == "none":
+        return None
+    if o.against is not None:
+        return hardware.gpu(o.against)
+    return hardware.gpu("h100" if o.hw.lower() == "a100" else "a100")
 
 
 def _device(name: str | None) -> torch.device:

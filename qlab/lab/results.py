@@ -74,6 +74,13 @@ class Cell:
     noise_floor: float | None
     """Largest relative L2 distance of a repeated run from the first."""
     runs: int
+    origin: str = "native"
+    """``native``: the kernel ran; ``replay``: its recipe did; ``opaque``: its bits are cuBLAS's and it did not run; empty: it
+    cannot run."""
+    recipe: str = ""
+    """sha256 of the kernel's recipe; for the total, of all its layers' recipes; empty where it has none."""
+    replay_bits: int | None = None
+    """Output bits in which native and replay differ; None where they were not compared."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,38 @@ class ProbeResult:
 
 
 @dataclass(frozen=True)
+class AgainstRow:
+    """One kernel, or one of vLLM's labels, on two GPUs, over all layers."""
+
+    key: str
+    """Column key or label."""
+    kernel: str
+    """What the asked GPU runs."""
+    other_kernel: str
+    """What the other GPU runs; another one where a label's dispatch differs."""
+    reason: str
+    """Why they were not compared; empty when they were."""
+    outputs: int
+    differing: int
+    """Outputs whose bits differ."""
+    bits: int
+    """Bits that differ."""
+    relative_l2: float
+    other_order: tuple[str, ...]
+    """Layers on which the two GPUs' recipes differ in more than the tensor core's step: in tiles, stripes or kernel."""
+
+
+@dataclass(frozen=True)
+class Against:
+    """The asked GPU's outputs beside another GPU's, which are replayed."""
+
+    gpu: str
+    proved: bool
+    """Whether whole kernels were proved against their replays on both; otherwise this is a prediction."""
+    rows: tuple[AgainstRow, ...]
+
+
+@dataclass(frozen=True)
 class LabResult:
     """The whole answer of ``python -m qlab.kernels``."""
 
@@ -152,6 +191,7 @@ class LabResult:
     dispatch: tuple[DispatchRow, ...]
     probes: tuple[ProbeResult, ...]
     seconds: float
+    against: Against | None = None
 
     def cell(self, layer: str, key: str) -> Cell:
         return next(c for c in self.cells if (c.layer, c.key) == (layer, key))

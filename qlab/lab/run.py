@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from qlab import compare, hardware
-from qlab.backends import dispatch, failure, reference
+from qlab.backends import dispatch, reference
 from qlab.backends.registry import Kernel, Problem
 from qlab.environment import Environment
 from qlab.errors import QlabError
+from qlab.lab import outputs as out
+from qlab.lab.against import Comparison
 from qlab.lab.faults import Shards
 from qlab.lab.probe import probe as run_probe
 from qlab.lab.results import SCHEMA, TOTAL, Cell, Column, DispatchRow, Hardware, Input, LabResult, Pairs, ProbeResult
@@ -52,38 +54,33 @@ class Plan:
     runs: int = 2
     probe: bool = False
     pin_marlin: bool = False
+    against: hardware.Gpu | None = None
+    """Another GPU to compare the asked one with, by replay."""
     arguments: Mapping[str, str] = field(default_factory=dict)
 
 
 def resolve_hardware(asked: hardware.Gpu, device: torch.device, cpu: str) -> Hardware:
-    """What the asked GPU means on this machine: native, another GPU, or none."""
+    """What the asked GPU means on this machine: native, or replayed here."""
+    basis = "proved on that GPU" if asked.proved else "a prediction: no whole kernel was compared on that GPU"
     if device.type != "cuda":
-        note = (
-            "no GPU in this run: references and Triton kernels run on the CPU (Triton in its interpreter), which shows "
-            f"packing, group layout and dequantisation but not {asked.key}'s tensor core"
-        )
-        return Hardware(asked.key, cpu, "cpu", False, note)
+        return Hardware(asked.key, cpu, "cpu", False, f"no GPU in this run: kernels are replayed bit for bit, {basis}")
     here = hardware.detect()
     name = torch.cuda.get_device_properties(device).name
     if here is not None and here.same_arithmetic(asked):
         note = f"native: {here.sms} SMs and the same tensor core as {asked.key}; only cuBLAS may choose other algorithms"
         return Hardware(asked.key, name, "cuda", True, "native" if here.key == asked.key else note)
-    sms = here.sms if here else "?"
-    note = (
-        f"not native: this GPU has {sms} SMs, {asked.key} has {asked.sms}, or their tensor cores differ; GPU kernels do not run"
-    )
-    return Hardware(asked.key, name, "cuda", False, note)
+    return Hardware(asked.key, name, "cuda", False, f"another GPU: {asked.key}'s kernels are replayed bit for bit, {basis}")
 
 
-def columns(plan: Plan) -> list[tuple[Column, Kernel]]:
+def columns(plan: Plan, *, native: bool = False) -> list[tuple[Column, Kernel]]:
     """The table's columns: one per kernel in mode ``same``; per kernel and checkpoint it serves in mode ``own``."""
-    out = []
+    found = []
     for k in plan.kernels:
         sources = [SAME] if plan.mode == SAME else [k.source] if k.source else ["awq", "gptq"]
         for source in sources:
             key = k.name if source == SAME or k.source else f"{k.name}@{source}"
-            out.append((Column(key, k.name, source, k.layout, k.note, k.version()), k))
-    return out
+            found.append((Column(key, k.name, source, k.layout, k.note, out.version(k, native=native)), k))
+    return found
 
 
 @dataclass
@@ -96,8 +93,11 @@ class _Tally:
     ulp_max: float = 0.0
     backward: float = 0.0
     digests: list[str] = field(default_factory=list)
+    recipes: list[str] = field(default_factory=list)
+    origin: str = ""
     repeatable: bool = True
     runs: int = 0
+    replay_bits: int | None = None
     missing: str = ""
 
 
@@ -110,7 +110,8 @@ def run(
     """Run the plan. ``advance`` is called once per layer and column, with what comes next."""
     started = time.perf_counter()
     what_hw = resolve_hardware(plan.asked, plan.device, environment.cpu)
-    table = columns(plan)
+    table = columns(plan, native=what_hw.native)
+    compared = Comparison(plan.asked, plan.against, pin_marlin=plan.pin_marlin) if plan.against else None
     tallies = {c.key: _Tally() for c, _ in table}
     inputs: list[Input] = []
     cells: list[Cell] = []
@@ -121,17 +122,22 @@ def run(
     for layer in layers:
         outputs: dict[str, Tensor] = {}
         exact = _Exact(layer, plan.device)
+        replays = {s: out.Replays(exact.weights[s], exact.inputs[s]) for s in layer.weights}
+        norms = {source: exact.norm(source) for source in layer.weights}
         inputs += [_describe(layer, source) for source in layer.weights]
         dispatched += _dispatch(layer, plan)
         for column, kernel in table:
             advance(f"{layer.name}  {column.key}")
-            cell, y = _one(layer, column, kernel, exact, what_hw, plan, tallies[column.key])
+            cell, y = _one(layer, column, kernel, exact, replays[column.source], what_hw, plan, tallies[column.key])
             cells.append(cell)
             if y is not None:
                 outputs[column.key] = y
+            if compared is not None:
+                compared.kernel(column.key, kernel, layer.name, y, replays[column.source], norms[column.source])
             if plan.probe:
                 probes.append(_probe(layer, column, kernel, exact.weights[column.source], what_hw, plan))
-        norms = {source: exact.norm(source) for source in layer.weights}
+        if compared is not None and plan.mode == SAME:
+            compared.labels(layer.name, outputs, replays[SAME], norms[SAME])
         apart = _apart(outputs, {c.key: norms[c.source] for c, _ in table})
         for both, sums in apart.items():
             total[both] = total[both] + sums if both in total else sums
@@ -159,6 +165,7 @@ def run(
         tuple(dispatched),
         tuple(probes),
         round(time.perf_counter() - started, 3),
+        None if compared is None else compared.result(),
     )
 
 
@@ -189,50 +196,60 @@ class _Exact:
 
 
 def _one(
-    layer: Layer, column: Column, kernel: Kernel, exact: _Exact, hw: Hardware, plan: Plan, tally: _Tally
+    layer: Layer,
+    column: Column,
+    kernel: Kernel,
+    exact: _Exact,
+    replays: out.Replays,
+    hw: Hardware,
+    plan: Plan,
+    tally: _Tally,
 ) -> tuple[Cell, Tensor | None]:
-    weight, x = exact.weights[column.source], exact.inputs[column.source]
-    reason = _foreign(kernel, hw) or kernel.supports(Problem.of(weight, x.shape[0]), plan.device).reason
-    ys: list[Tensor] = []
-    if not reason:
-        try:
-            packed = kernel.pack(weight)
-            ys = [kernel.run(x, packed) for _ in range(plan.runs)]
-            failure.wait(plan.device)
-        except Exception as e:  # one broken kernel costs its own cells, not the run
-            reason = failure.reason(e, kernel.name, plan.device)
-    if reason:
-        tally.missing = reason
-        return Cell(layer.name, column.key, reason, "", None, None, None, 0), None
+    found = out.output(kernel, replays, plan.asked, native=hw.native, runs=plan.runs, seed=plan.seed)
+    tally.recipes.append(found.recipe)
+    if found.reason:
+        tally.missing, tally.origin = found.reason, found.origin
+        return Cell(layer.name, column.key, found.reason, "", None, None, None, 0, found.origin, found.recipe), None
     true, magnitude = exact.of(column.source)
+    ys = found.ys
     y, digests = ys[0], [compare.digest(y) for y in ys]
     measured = compare.measure(y, true, magnitude)
     err = measured.error()
-    floors = [_moved(other, y) for other in ys[1:]]
-    floor = max(floors, key=lambda m: m.squared_error, default=None)
+    floor = max((_moved(other, y) for other in ys[1:]), key=lambda m: m.squared_error, default=None)
+    if floor is None and found.fixed:
+        floor = compare.Moments(0.0, measured.moments.squared_exact)
     tally.moments += measured.moments
     tally.ulps.append(measured.ulps.float().flatten().cpu())
     tally.ulp_max = max(tally.ulp_max, err.ulp_max)
     tally.backward = max(tally.backward, err.backward)
     tally.digests.append(digests[0])
-    tally.runs = plan.runs
+    tally.runs, tally.origin = max(tally.runs, len(ys)), found.origin
+    if found.replay_bits is not None:
+        tally.replay_bits = (tally.replay_bits or 0) + found.replay_bits
     repeatable = None if floor is None else len(set(digests)) == 1
     if floor is not None:
         tally.floor += floor
         tally.repeatable &= bool(repeatable)
     noise = None if floor is None else floor.relative_l2
-    return Cell(layer.name, column.key, "", digests[0], err, repeatable, noise, plan.runs), y
-
-
-def _foreign(kernel: Kernel, hw: Hardware) -> str:
-    """Why a kernel's bits here would not be the asked GPU's; empty when they would, and without a GPU."""
-    if hw.device == "cuda" and not hw.native and not kernel.portable:
-        return f"--hw {hw.asked} is not this GPU ({hw.running}): its bits would be another GPU's"
-    return ""
+    cell = Cell(
+        layer.name,
+        column.key,
+        "",
+        digests[0],
+        err,
+        repeatable,
+        noise,
+        len(ys),
+        found.origin,
+        found.recipe,
+        found.replay_bits,
+    )
+    return cell, y
 
 
 def _probe(layer: Layer, column: Column, kernel: Kernel, weight: Int4Weight, hw: Hardware, plan: Plan) -> ProbeResult:
-    if reason := _foreign(kernel, hw):
+    if hw.device == "cuda" and not hw.native and not kernel.portable:
+        reason = f"--hw {hw.asked} is not this GPU ({hw.running}): what it decodes would be another GPU's"
         return ProbeResult(layer.name, column.key, reason, 0, weight.K * weight.N, "", ())
     trusted = layer.expected[column.source].to(plan.device) if layer.expected else None
     return run_probe(kernel, weight, trusted, layer=layer.name, key=column.key, shards=layer.shards)
@@ -308,20 +325,24 @@ def _moved(y: Tensor, first: Tensor) -> compare.Moments:
 
 
 def _total_cell(key: str, t: _Tally) -> Cell:
+    made = _joined(t.recipes) if any(t.recipes) else ""
     if t.missing:
-        return Cell(TOTAL, key, t.missing, "", None, None, None, 0)
+        return Cell(TOTAL, key, t.missing, "", None, None, None, 0, t.origin, made)
     ulps = torch.cat(t.ulps)
     err = compare.Error(t.moments.relative_l2, float(ulps.median()), t.ulp_max, t.backward)
-    repeated = t.runs > 1
+    known = t.floor.squared_exact > 0 or t.runs > 1
     return Cell(
         TOTAL,
         key,
         "",
         _joined(t.digests),
         err,
-        t.repeatable if repeated else None,
-        t.floor.relative_l2 if repeated else None,
+        t.repeatable if known else None,
+        t.floor.relative_l2 if known else None,
         t.runs,
+        t.origin,
+        made,
+        t.replay_bits,
     )
 
 

@@ -1,4 +1,4 @@
-"""What an engine multiplies: the weight decoded as a recipe says, with its scales and bias, as bits."""
+"""What an engine multiplies: the weight decoded as a recipe says, with its scales and bias."""
 
 from __future__ import annotations
 
@@ -16,59 +16,74 @@ from qlab.weights import Int4Weight
 
 @dataclass(frozen=True, eq=False)
 class Operands:
-    """Columns of a decoded weight, as bits of the recipe's dtype."""
+    """Some columns of a decoded weight, rows in the recipe's order, in the activations' dtype on the weight's device."""
 
-    w: Bits16
+    w: Tensor
     """[K, N]"""
-    scales: Bits16
+    scales: Tensor
     """[G, N]"""
-    group: np.ndarray
+    group: Tensor
     """int32 [K]: row of ``scales`` for each k."""
-    bias: Bits16
+    bias: Tensor
     """[N], or [0] without a bias."""
 
 
 def row_order(recipe: Recipe, weight: Int4Weight) -> Tensor | None:
     """int64 [K]: which row of the weight each k of the recipe's walks is; None for the natural order.
 
-    vLLM calls ``torch.argsort(g_idx)``, which keeps the order within a group on CUDA for every index tried.
+    vLLM calls ``torch.argsort(g_idx)``, which kept the order within a group on CUDA for every index tried.
     """
     return torch.argsort(weight.group_index, stable=True) if recipe.rows == "sorted" else None
 
 
-def decode(recipe: Recipe, weight: Int4Weight) -> Tensor:
-    """The weight [K, N] in its own dtype as ``recipe.weights`` says, rows in natural order."""
-    if recipe.weights == "rounded":
-        return weight.dequantize(weight.dtype)
-    g = weight.group_index.long()
-    codes, zeros = weight.codes.float(), weight.zeros.float()
-    if recipe.weights == "integer":
-        return (codes - zeros[g]).to(weight.dtype)
-    scales = weight.scales.float()
-    shift = (-scales * zeros).to(weight.dtype).float()
-    # Exact in float32 before the rounding: both terms are multiples of the scale's last place, and their sum has 16 bits.
-    return (codes * scales[g] + shift[g]).to(weight.dtype)
-
-
-def columns(weight: Int4Weight, start: int, stop: int) -> Int4Weight:
-    """Columns ``start:stop`` of a weight."""
-    part = slice(start, stop)
-    return Int4Weight(
-        weight.codes[:, part], weight.zeros[:, part], weight.scales[:, part], weight.group_index, weight.input_scale, weight.name
-    )
-
-
-def operands(recipe: Recipe, weight: Int4Weight, bias: Tensor | None = None) -> Operands:
-    """Operands of a weight that was cut to the columns in question (``bias`` likewise), rows in the recipe's order."""
-    if bias is not None and (bias.shape != (weight.N,) or bias.dtype != weight.dtype):
-        raise QlabError(f"the bias must be {weight.dtype} [{weight.N}], not {bias.dtype} {list(bias.shape)}")
-    w, group, order = decode(recipe, weight), weight.group_index, row_order(recipe, weight)
+def operands(
+    recipe: Recipe, weight: Int4Weight, columns: slice = slice(None), order: Tensor | None = None, bias: Tensor | None = None
+) -> Operands:
+    """Operands of some columns; ``order`` is :func:`row_order`'s, ``bias`` the whole output's."""
+    codes, zeros, scales = (t[:, columns] for t in (weight.codes, weight.zeros, weight.scales))
+    group = weight.group_index
     if order is not None:
-        w, group = w[order], group[order]
-    none = np.zeros(0, np.uint16)
-    return Operands(bits(w), bits(weight.scales), group.cpu().numpy(), none if bias is None else bits(bias))
+        codes, group = codes[order], group[order]
+    part = scales.new_empty(0) if bias is None else bias[columns].contiguous()
+    return Operands(decode(recipe, codes, zeros, scales, group), scales.contiguous(), group.contiguous(), part)
+
+
+def decode(recipe: Recipe, codes: Tensor, zeros: Tensor, scales: Tensor, group: Tensor) -> Tensor:
+    """w [K, N] in the scales' dtype as ``recipe.weights`` says, exact before its one rounding.
+
+    |q - z| has 5 bits and s at most 11, so float32 holds the product. ``fused``: both terms are multiples of the scale's last
+    place, and their sum has 16 bits.
+    """
+    g = group.long()
+    q, z, s = codes.float(), zeros.float(), scales.float()
+    if recipe.weights == "integer":
+        return (q - z[g]).to(scales.dtype)
+    if recipe.weights == "rounded":
+        return ((q - z[g]) * s[g]).to(scales.dtype)
+    shift = (-s * z).to(scales.dtype).float()
+    return (q * s[g] + shift[g]).to(scales.dtype)
+
+
+def check(recipe: Recipe, x: Tensor, weight: Int4Weight, bias: Tensor | None) -> None:
+    """Raise QlabError unless x, weight and bias are what the recipe was made for."""
+    shape, want = [*x.shape, weight.N], [recipe.M, recipe.K, recipe.N]
+    if shape != want or weight.K != recipe.K:
+        raise QlabError(f"the recipe is for M, K, N = {want} and x {list(x.shape)}, weight [{weight.K}, {weight.N}] are not")
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(x.dtype)
+    if name != recipe.dtype or weight.dtype != x.dtype:
+        raise QlabError(f"the recipe is for {recipe.dtype} and x is {x.dtype}, the weight {weight.dtype}")
+    biased = any(r.output.bias != "none" for r in recipe.regions)
+    if biased != (bias is not None):
+        raise QlabError("the recipe adds a bias and none was given" if biased else "a bias was given and the recipe adds none")
+    if bias is not None and (bias.shape != (weight.N,) or bias.dtype != x.dtype):
+        raise QlabError(f"the bias must be {x.dtype} [{weight.N}], not {bias.dtype} {list(bias.shape)}")
 
 
 def bits(t: Tensor) -> Bits16:
     """A 16-bit tensor's bits on the CPU: uint16, C-contiguous."""
     return t.detach().cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
+
+
+def values(b: Bits16, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`bits`."""
+    return torch.from_numpy(np.ascontiguousarray(b).view(np.int16)).view(dtype)

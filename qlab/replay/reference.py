@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from qlab import hardware
 from qlab.errors import UnsupportedError
 from qlab.recipe import Chain, Fma, HalfDot, Join, Node, Opaque, Recipe, Region, Round, TensorCore, Type, Unordered, unfold
-from qlab.replay.operands import Operands
+from qlab.replay.operands import Operands, bits, values
 from qlab.replay.step import Bits16, fused_dot_add, half_dot_add
 from qlab.weights import round_once
 
@@ -48,11 +48,11 @@ class _Block:
     def __init__(self, recipe: Recipe, x: Bits16, operands: Operands, columns: slice) -> None:
         self.dtype = DTYPES[recipe.dtype]
         self.type: Type = recipe.dtype
-        self.b = np.ascontiguousarray(operands.w[:, columns].T)  # [E, K]
+        self.b = bits(operands.w[:, columns].t())  # [E, K]
         self.a = np.broadcast_to(x, self.b.shape)
-        self.scales = _values(operands.scales[:, columns], self.dtype)  # [G, E]
-        self.bias = _values(operands.bias[columns], self.dtype) if operands.bias.size else None
-        self.group = operands.group
+        self.scales = operands.scales[:, columns].float().cpu().numpy()  # [G, E]
+        self.bias = operands.bias[columns].float().cpu().numpy() if operands.bias.numel() else None
+        self.group = operands.group.cpu().numpy()
 
     def output(self, region: Region) -> Bits16:
         y = _round(self.value(region.tree), self.type)
@@ -101,9 +101,9 @@ class _Block:
                     return half_dot_add(a, b, np.zeros(len(a), np.uint16), rule).view(np.float16).astype(np.float32)
                 return fused_dot_add(a, b, np.zeros(len(a), np.uint32), rule, self.dtype, "numpy").view(np.float32)
             case Fma():
-                return _fma_chain(_values(a, self.dtype), _values(b, self.dtype), step.accumulator)
+                return _fma_chain(_floats(a, self.dtype), _floats(b, self.dtype), step.accumulator)
             case HalfDot():
-                x, w = _values(a, self.dtype), _values(b, self.dtype)
+                x, w = _floats(a, self.dtype), _floats(b, self.dtype)
                 total = np.zeros(len(a), np.float32)
                 for i in range(0, len(k), step.terms):
                     stretch = slice(i, i + step.terms)
@@ -136,18 +136,17 @@ def _fma(x: Float, w: Float, total: Float, type: Type) -> Float:
     return _round(np.where(odd, (s.view(np.int64) + toward).view(np.float64), s), type)
 
 
-def _round(values: Float | Double, type: Type) -> Float:
+def _round(exact: Float | Double, type: Type) -> Float:
     """To nearest even, once; the values are exact, or odd where they are not."""
-    wide = torch.from_numpy(np.ascontiguousarray(values, np.float64))
+    wide = torch.from_numpy(np.ascontiguousarray(exact, np.float64))
     if type == "fp32":
         return wide.to(torch.float32).numpy()
     return round_once(wide, DTYPES[type]).to(torch.float32).numpy()
 
 
-def _values(bits: Bits16, dtype: torch.dtype) -> Float:
-    return torch.from_numpy(np.ascontiguousarray(bits).view(np.int16)).view(dtype).to(torch.float32).numpy()
+def _floats(b: Bits16, dtype: torch.dtype) -> Float:
+    return values(b, dtype).to(torch.float32).numpy()
 
 
-def _bits(values: Float, dtype: torch.dtype) -> Bits16:
-    bits = torch.from_numpy(values).to(dtype).view(torch.int16).numpy().view(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FFF), bits)
+def _bits(y: Float, dtype: torch.dtype) -> Bits16:
+    return np.where(np.isnan(y), np.uint16(0x7FFF), bits(torch.from_numpy(y).to(dtype)))

@@ -32,6 +32,8 @@ def show(result: LabResult, console: Console, *, every_layer: bool = False) -> N
             if len(p.keys) > 1 and (every_layer or p.layer == TOTAL):
                 console.print(*matrix(p, console.width))
     console.print(dispatch_table(result))
+    if result.against:
+        console.print(against_table(result))
     if result.probes:
         console.print(probe_table(result))
 
@@ -71,17 +73,20 @@ def kernel_table(r: LabResult) -> Titled:
     t = Titled("Error against float64, all layers", gap=0)
     t.column("", justify="right", no_wrap=True)
     t.column("kernel", no_wrap=True, vertical="bottom")
-    for name in ("rel. L2", "ULP\nmed", "ULP\nmax", "error/\nΣ|x||w|", "noise", "same", "class"):
+    t.column("by", no_wrap=True, vertical="bottom")
+    compared = any(c.replay_bits is not None for c in r.cells)
+    for name in ("rel. L2", "ULP\nmed", "error/\nΣ|x||w|", "noise", "same", *["bits off\nreplay"] * compared, "class"):
         t.column(name, justify="right", no_wrap=True, vertical="bottom")
     letters, numbers = class_letters(r), numbered(r.ran())
     for key in r.ran():
         c = r.cell(TOTAL, key)
         assert c.error is not None
         e = c.error
-        same = "-" if c.repeatable is None else f"{c.runs}/{c.runs}" if c.repeatable else "[red]no[/]"
+        same = "-" if c.repeatable is None else "[red]no[/]" if not c.repeatable else "fixed" if c.runs == 1 else f"{c.runs}/{c.runs}"
+        off = [] if not compared else ["-" if c.replay_bits is None else f"[red]{c.replay_bits}[/]" if c.replay_bits else "0"]
         floor = "-" if c.noise_floor is None else number(c.noise_floor)
-        figures = (number(e.relative_l2), number(e.ulp_median), number(e.ulp_max), number(e.backward))
-        t.row(numbers[key], key, *figures, floor, same, letters.get(key, ""))
+        figures = (number(e.relative_l2), number(e.ulp_median), number(e.backward))
+        t.row(numbers[key], key, c.origin, *figures, floor, same, *off, letters.get(key, ""))
     return t
 
 
@@ -165,6 +170,48 @@ def dispatch_table(r: LabResult) -> Titled:
         where = f"all {every}" if len(layers) == every > 1 else " ".join(layers)
         t.row(label, kernel or "refused", escape(where), escape(reason))
     return t
+
+
+def against_table(r: LabResult) -> Titled:
+    """The same kernels and labels on another GPU."""
+    assert r.against is not None
+    basis = "replayed" if r.against.proved else "replayed, a prediction"
+    t = Titled(f"Outputs that differ between {r.hardware.asked} and {r.against.gpu} ({basis})")
+    t.column("kernel or label", no_wrap=True)
+    for name in ("outputs", "bits", "rel. L2"):
+        t.column(name, justify="right", no_wrap=True)
+    t.column("other order of summation on")
+    layers = [name for name in r.layers() if name != TOTAL]
+    reasons: dict[str, list[str]] = {}
+    for row in r.against.rows:
+        if row.reason:
+            reasons.setdefault(row.reason, []).append(row.key)
+            continue
+        where = _layers(row.other_order, layers)
+        if row.kernel != row.other_kernel:
+            where = f"{short_kernel(row.kernel)} here, {short_kernel(row.other_kernel)} on {r.against.gpu}"
+        t.row(row.key, share(row.differing / row.outputs), str(row.bits), number(row.relative_l2), where)
+    for reason, keys in reasons.items():
+        t.row("1 not compared" if len(keys) == 1 else f"{len(keys)} not compared", "-", "-", "-", escape(f"{reason}: {', '.join(keys)}"))
+    return t
+
+
+def _layers(some: tuple[str, ...], every: list[str]) -> str:
+    """Layer names in short: their kinds where every block's is among them."""
+    if not some:
+        return "none"
+    if len(some) == len(every):
+        return "every layer" if len(every) > 1 else "the layer"
+    kinds: dict[str, int] = {}
+    for name in some:
+        kind = name.rpartition(".")[2]
+        kinds[kind] = kinds.get(kind, 0) + 1
+    whole = all(count == sum(name.rpartition(".")[2] == kind for name in every) for kind, count in kinds.items())
+    return ", ".join(kinds) if whole else " ".join(short(name) for name in some)
+
+
+def short_kernel(name: str) -> str:
+    return name.removeprefix("vllm.")
 
 
 def probe_table(r: LabResult) -> Titled:
