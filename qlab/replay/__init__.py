@@ -78,7 +78,8 @@ def missing(engine: Engine) -> str:
 def _panel(engine: Engine, program: Program, x: Tensor, o: Operands) -> Tensor:
     if engine == "cuda":
         return cuda.run(program, x, *(t.to(x.device) for t in (o.w, o.scales, o.group, o.bias)))
-    y = native.run(program, bits(x), bits(o.w), bits(o.scales), o.group.cpu().numpy(), bits(o.bias))
+    half = (bits(x), bits(o.w), bits(o.scales))
+    y = native.run(program, *half, o.group.cpu().numpy(), bits(o.bias), bf16=x.dtype == torch.bfloat16)
     return values(y, x.dtype)
 
 

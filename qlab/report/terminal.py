@@ -69,24 +69,29 @@ class Titled:
 
 
 def kernel_table(r: LabResult) -> Titled:
-    """Kernels that ran, over all layers: distance from float64, repeatability, bitwise class."""
+    """Kernels that ran, over all layers: distance from float64, repeatability, bitwise class.
+
+    Where repeated runs differ their largest distance is shown, else how many runs were the same; ``fixed`` is a replay whose
+    recipe leaves nothing to chance.
+    """
     t = Titled("Error against float64, all layers", gap=0)
     t.column("", justify="right", no_wrap=True)
     t.column("kernel", no_wrap=True, vertical="bottom")
     t.column("by", no_wrap=True, vertical="bottom")
     compared = any(c.replay_bits is not None for c in r.cells)
-    for name in ("rel. L2", "ULP\nmed", "error/\nΣ|x||w|", "noise", "same", *["bits off\nreplay"] * compared, "class"):
+    for name in ("rel. L2", "ULP\nmed", "ULP\nmax", "error/\nΣ|x||w|", "noise\nor same", *["bits\noff"] * compared, "cl."):
         t.column(name, justify="right", no_wrap=True, vertical="bottom")
     letters, numbers = class_letters(r), numbered(r.ran())
     for key in r.ran():
         c = r.cell(TOTAL, key)
         assert c.error is not None
         e = c.error
-        same = "-" if c.repeatable is None else "[red]no[/]" if not c.repeatable else "fixed" if c.runs == 1 else f"{c.runs}/{c.runs}"
+        noise = "-" if c.repeatable is None else "fixed" if c.runs == 1 else f"{c.runs}/{c.runs}"
+        if c.repeatable is False and c.noise_floor is not None:
+            noise = f"[red]{number(c.noise_floor)}[/]"
         off = [] if not compared else ["-" if c.replay_bits is None else f"[red]{c.replay_bits}[/]" if c.replay_bits else "0"]
-        floor = "-" if c.noise_floor is None else number(c.noise_floor)
-        figures = (number(e.relative_l2), number(e.ulp_median), number(e.backward))
-        t.row(numbers[key], key, c.origin, *figures, floor, same, *off, letters.get(key, ""))
+        figures = (number(e.relative_l2), number(e.ulp_median), number(e.ulp_max), number(e.backward))
+        t.row(numbers[key], key, c.origin, *figures, noise, *off, letters.get(key, ""))
     return t
 
 

@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from qlab import compare, hardware
-from qlab.backends import failure
+from qlab.backends import dispatch, failure
 from qlab.backends.reference import oracle
-from qlab.backends.registry import Support
+from qlab.backends.registry import Problem, Support
 from qlab.errors import PackingError, QlabError
 from qlab.inputs import random_activations, random_weight
 from qlab.lab import run as lab
 from qlab.lab.results import SCHEMA, TOTAL, LabResult
 from qlab.lab.run import Layer
+from qlab.recipes import recipe
+from qlab.replay import replay
 from qlab.serial import write_json
 
 KERNELS = ("reference.float64", "reference.float32", "triton.gptq_gemm")
@@ -254,7 +256,58 @@ def test_cells_agree_with_the_kernels_run_by_hand(result, make_layers):
         x, w = layer.inputs["same"], layer.weights["same"]
         for key in KERNELS:
             k = kernel(key)
-            assert r.cell(layer.name, key).digest == compare.digest(k.run(x, k.pack(w)))
+            y = k.run(x, k.pack(w)) if k.portable else replay(recipe(key, Problem.of(w, len(x)), hardware.gpu("h100")), x, w)
+            cell = r.cell(layer.name, key)
+            assert cell.digest == compare.digest(y)
+            assert cell.origin == ("native" if k.portable else "replay")
+
+
+def test_native_outputs_are_compared_with_the_replay_bit_by_bit(cuda_machine, monkeypatch, result, planted):
+    """A kernel of a known recipe that runs "natively": its own replay, then the same with two bits of one output flipped."""
+    cuda_machine("h100")
+    hw = lab.resolve_hardware(hardware.gpu("h100"), torch.device("cuda"), "a CPU")
+    monkeypatch.setattr(lab, "resolve_hardware", lambda *_: hw)
+    for flipped in (0, 2):
+        own = planted("vllm.marlin.gptq")
+        own.portable = False
+
+        def run(x, packed, flipped=flipped, own=own):
+            y = replay(recipe("vllm.marlin.gptq", Problem.of(own.weight, len(x)), hardware.gpu("h100")), x, own.weight)
+            y.view(torch.int16)[0, 1] ^= (1 << flipped) - 1
+            return y
+
+        def pack(weight, own=own):
+            own.weight = weight
+            return None
+
+        monkeypatch.setattr(own, "run", run)
+        monkeypatch.setattr(own, "pack", pack)
+        r = result("reference.float64", own)
+        layers = [c for c in cells(r, "vllm.marlin.gptq") if c.layer != TOTAL]
+        assert [c.replay_bits for c in layers] == [flipped] * len(layers)
+        assert r.cell(TOTAL, "vllm.marlin.gptq").replay_bits == flipped * len(layers)
+        assert {c.origin for c in layers} == {"native"}
+
+
+def test_another_gpu_is_set_beside_the_asked_one(plan, make_layers, here):
+    chosen = replace(plan("reference.float64", "vllm.marlin.gptq", "vllm.machete.gptq"), against=hardware.gpu("a100"))
+    r = lab.run(chosen, make_layers(), here)
+    rows = {row.key: row for row in r.against.rows}
+    assert not r.against.proved
+    assert set(rows) == {"vllm.marlin.gptq", "vllm.machete.gptq", *dispatch.LABELS}
+    y = {}
+    for gpu in ("h100", "a100"):
+        y[gpu] = [
+            replay(recipe("vllm.marlin.gptq", Problem.of(x.weights["same"], len(x.inputs["same"])), hardware.gpu(gpu)),
+                   x.inputs["same"], x.weights["same"])
+            for x in make_layers()
+        ]  # fmt: skip
+    pairs = list(zip(y["h100"], y["a100"], strict=True))
+    marlin = rows["vllm.marlin.gptq"]
+    assert marlin.bits == sum(compare.differing_bits(a, b) for a, b in pairs)
+    assert marlin.differing == sum(compare.differing(a, b) for a, b in pairs)
+    assert marlin.outputs == sum(a.numel() for a, _ in pairs)
+    assert "Hopper" in rows["vllm.machete.gptq"].reason
 
 
 def test_zero_inputs_give_no_nan(result, make_layers):
@@ -334,14 +387,16 @@ def test_what_hw_means_on_a_gpu(cuda_machine, running, asked, native):
     hw = lab.resolve_hardware(hardware.gpu(asked), torch.device("cuda"), "a CPU")
     assert (hw.asked, hw.device, hw.native) == (asked, "cuda", native)
     assert hw.running == hardware.gpu(running).name
-    assert hw.note.startswith("native" if native else "not native: this GPU has")
+    assert hw.note.startswith("native" if native else f"another GPU: {asked}'s kernels are replayed bit for bit")
+    assert native or ("a prediction" in hw.note) != hardware.gpu(asked).proved
     assert (asked in hw.note) == (not native or running != asked)
 
 
 def test_what_hw_means_without_a_gpu():
     hw = lab.resolve_hardware(hardware.gpu("a100"), torch.device("cpu"), "a CPU")
     assert (hw.asked, hw.running, hw.device, hw.native) == ("a100", "a CPU", "cpu", False)
-    assert "not a100's tensor core" in hw.note
+    assert "replayed bit for bit, a prediction" in hw.note
+    assert "prediction" not in lab.resolve_hardware(hardware.gpu("h100"), torch.device("cpu"), "a CPU").note
 
 
 @pytest.mark.parametrize(("running", "native"), [("h200", True), ("a100", False)])
@@ -355,9 +410,7 @@ def test_gpu_kernels_run_where_native_and_references_everywhere(cuda_machine, mo
     assert r.hardware == hw
     assert r.ran() == (("reference.float64", "gpu kernel") if native else ("reference.float64",))
     for c in cells(r, "gpu kernel"):
-        assert c.reason == (
-            "" if native else "--hw h100 is not this GPU (NVIDIA A100-SXM4-80GB): its bits would be another GPU's"
-        )
+        assert c.reason == ("" if native else "gpu kernel has no recipe, so it runs on its own GPU only")
     probes = {p.key: (p.reason != "", p.elements) for p in r.probes}
     assert probes["gpu kernel"][0] is not native
     assert probes["reference.float64"][0] is False
