@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from pathlib import Path
+
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 # Listed one by one because kernels/ must not become a package of its own (see qlab/__init__.py).
 # tests/test_install.py compares the built wheel with the folders, so a forgotten line fails there.
@@ -16,24 +22,94 @@ PACKAGES = [
     "qlab.lab",
     "qlab.packing",
     "qlab.quantize",
+    "qlab.recipes",
     "qlab.replay",
     "qlab.report",
+    "qlab.reveal",
     "qlab.triton_kernels",
 ]
 
 NATIVE = Pybind11Extension(
     "qlab._native",
-    ["csrc/native.cpp"],
-    depends=["csrc/tensor_core.hpp"],
+    ["csrc/native.cpp", *sorted(str(p) for p in Path("csrc").glob("chain_*.cpp"))],
+    depends=sorted(str(p) for p in Path("csrc").glob("*.hpp")),
     cxx_std=17,
-    # Replayed arithmetic must be the written one: no contraction into fused multiply-adds, no reordering.
-    extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra"],
+    # Replayed arithmetic must be the written one: no contraction into fused multiply-adds, no reordering. No -march either:
+    # each chain_*.cpp names its instruction set itself, and the processor that runs it is asked for it first.
+    extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"],
+    extra_link_args=["-pthread"],
 )
+
+NVCC_FLAGS = [
+    *("-O3", "-std=c++17", "-lineinfo", "--fmad=false", "--threads=0", "-Xcompiler=-fPIC"),
+    *("-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"),
+]
+
+
+def cuda_home() -> tuple[Path | None, str]:
+    """CUDA's folder, or why there is none; nvcc alone may be a wrapper beside which there are no libraries."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    home = Path(named)
+    if not (home / "bin/nvcc").is_file():
+        return None, f"there is no bin/nvcc in {home}; CUDA_HOME names CUDA's folder"
+    if not list(home.glob("lib64/libcudart*")):
+        return None, f"there is no lib64/libcudart in {home}; CUDA_HOME names CUDA's folder"
+    return home, ""
+
+
+def cuda_extension() -> list[Pybind11Extension]:
+    """qlab._cuda where QLAB_BUILD_CUDA (auto, 0 or 1) and the machine allow it. No part of it needs torch."""
+    wish = os.environ.get("QLAB_BUILD_CUDA", "auto")
+    if wish not in ("auto", "0", "1"):
+        raise SystemExit(f"QLAB_BUILD_CUDA must be auto, 0 or 1, not {wish!r}")
+    home, reason = (None, "QLAB_BUILD_CUDA is 0") if wish == "0" else cuda_home()
+    if home is None:
+        if wish == "1":
+            raise SystemExit(f"QLAB_BUILD_CUDA is 1, but qlab._cuda cannot be built: {reason}")
+        print(f"qlab._cuda is not built: {reason}")
+        return []
+    return [
+        Pybind11Extension(
+            "qlab._cuda",
+            ["csrc/cuda.cpp"],
+            depends=sorted(str(p) for p in Path("csrc").glob("*") if p.suffix in (".cu", ".cuh") or p.stem.startswith("cuda")),
+            cxx_std=17,
+            extra_compile_args=["-O2", "-Wall", "-Wextra"],
+            # The static runtime, so that the module fits any torch; it shares the driver's context with torch's own.
+            extra_link_args=[f"-L{home / 'lib64'}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"],
+            optional=wish == "auto",
+        )
+    ]
+
+
+class BuildExtensions(build_ext):
+    """Compiles the .cu files that belong to qlab._cuda before its C++ is compiled and linked."""
+
+    def build_extension(self, ext: Pybind11Extension) -> None:
+        if ext.name == "qlab._cuda":
+            home, reason = cuda_home()
+            if home is None:
+                raise CompileError(reason)
+            objects = Path(self.build_temp)
+            objects.mkdir(parents=True, exist_ok=True)
+            newest = max(Path(p).stat().st_mtime for p in (*ext.depends, __file__))
+            for source in sorted(Path("csrc").glob("*.cu")):
+                target = objects / f"{source.stem}.o"
+                ext.extra_objects.append(str(target))
+                if target.exists() and target.stat().st_mtime > newest:
+                    continue
+                command = [str(home / "bin/nvcc"), *NVCC_FLAGS, "-c", str(source), "-o", str(target)]
+                print(" ".join(command))
+                if subprocess.run(command).returncode:
+                    raise CompileError(f"nvcc could not compile {source}; QLAB_BUILD_CUDA=0 leaves qlab._cuda out")
+        super().build_extension(ext)
+
 
 setup(
     packages=PACKAGES,
     package_dir={"qlab.triton_kernels": "kernels"},
     package_data={"qlab": ["py.typed", "data/**/*"]},
     exclude_package_data={"qlab": ["data/**/__pycache__/*", "data/__pycache__/*"]},
-    ext_modules=[NATIVE],
+    ext_modules=[NATIVE, *cuda_extension()],
+    cmdclass={"build_ext": BuildExtensions},
 )

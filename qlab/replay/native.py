@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from qlab.errors import QlabError, UnsupportedError
 from qlab.replay import step
 from qlab.replay.program import Program
-from qlab.replay.step import Bits16
+from qlab.replay.step import Bits16, Bits32
 
 Int32 = NDArray[np.int32]
 Isa = Literal["auto", "portable", "avx2", "avx512"]
@@ -58,26 +58,27 @@ def execute(
     ops: Int32,
     regions: Int32,
     bf16: bool,
-    y: Bits16,
+    y: Bits16 | Bits32,
     *,
     threads: int = 0,
     isa: Isa = "auto",
 ) -> None:
-    """Writes the outputs of a program's regions into y [M, N].
+    """Writes the outputs of a program's regions into y [M, N]: uint16, bits of the dtype of x, or uint32, bits of fp32.
 
     ``x`` [M, K], ``w`` [K, N], ``scales`` [G, N] (G may be 0) and ``bias`` [N] or [0]: uint16, bits of fp16, or of bf16 with
     ``bf16``; ``group`` int32 [K] or [0]; ``order``, ``steps``, ``ops`` and ``regions`` as in :class:`Program`, whose regions
-    must not overlap. ``threads`` 0 takes every core. Neither ``threads`` nor ``isa`` changes a bit. Raises QlabError for
-    arrays or programs that do not fit together, UnsupportedError where the engine is missing.
+    must not overlap. A uint32 ``y`` takes what the programs leave as it is, not rounded to the dtype of x. ``threads`` 0 takes
+    every core. Neither ``threads`` nor ``isa`` changes a bit. Raises QlabError for arrays or programs that do not fit together,
+    UnsupportedError where the engine is missing.
     """
     if missing := reason():
         raise UnsupportedError(missing)
     halves = {"x": x, "w": w, "scales": scales, "bias": bias, "y": y}
     integers = {"group": group, "order": order, "steps": steps, "ops": ops, "regions": regions}
     for name, array in (halves | integers).items():
-        kind: Any = np.uint16 if name in halves else np.int32
+        kind = "int32" if name in integers else "uint32" if name == "y" and array.dtype == np.uint32 else "uint16"
         if array.dtype != kind:
-            raise QlabError(f"{name} must be {np.dtype(kind)}, not {array.dtype}")
+            raise QlabError(f"{name} must be {kind}, not {array.dtype}")
     if not (y.flags.c_contiguous and y.flags.writeable):
         raise QlabError("y must be contiguous and writeable")
     a = {name: np.ascontiguousarray(array) for name, array in (halves | integers).items() if name != "y"}

@@ -7,13 +7,31 @@ share their stretches of ``order``.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qlab.errors import UnsupportedError
-from qlab.recipe import Chain, Fma, HalfDot, Join, Node, Opaque, Recipe, Region, Round, Step, TensorCore, Type, Unordered, unfold
+from qlab.recipe import (
+    Chain,
+    Fma,
+    HalfDot,
+    Join,
+    Node,
+    Opaque,
+    Recipe,
+    Region,
+    Round,
+    Step,
+    TensorCore,
+    Type,
+    Unordered,
+    unfold,
+    zero,
+)
 
 Int32 = NDArray[np.int32]
 MAX_DEPTH = 8
@@ -122,25 +140,33 @@ class _Compiler:
             case Chain():
                 self._emit(Op.CHAIN, self.steps.setdefault(node.step, len(self.steps)), *self._stretch(node))
             case Join():
-                first, second, *rest = node.parts
-                # Addition commutes, and the deeper part first needs the smaller stack.
-                both = sorted((first, second), key=depth, reverse=True)
-                self._fold([*both, *rest], node.type)
+                self._fold(node.parts, node.type)
             case Round():
                 self._node(node.node)
                 self._emit(Op.ROUND, TYPES[node.type])
             case Unordered():
-                self._fold([node.parts[i] for i in self.random.permutation(len(node.parts))], node.type, node.scaled)
+                self._node(zero(node))
+                for i in self.random.permutation(len(node.parts)):
+                    self._node(node.parts[i])
+                    if node.scaled:
+                        self._emit(Op.SCALE, TYPES[node.type])
+                    self._emit(Op.ADD, TYPES[node.type])
             case Opaque():
                 raise UnsupportedError(f"opaque: {node.name}")
 
-    def _fold(self, parts: list[Node], type: Type, scaled: bool = False) -> None:
-        for i, part in enumerate(parts):
-            self._node(part)
-            if scaled:
-                self._emit(Op.SCALE, TYPES[type])
-            if i:
-                self._emit(Op.ADD, TYPES[type])
+    def _fold(self, parts: Sequence[Node], type: Type) -> None:
+        """Addition commutes, and the deeper of two values first needs the smaller stack."""
+        *rest, last = parts
+        if not rest:
+            self._node(last)
+        elif depth(last) > _fold_depth(rest):
+            self._node(last)
+            self._fold(rest, type)
+        else:
+            self._fold(rest, type)
+            self._node(last)
+        if rest:
+            self._emit(Op.ADD, TYPES[type])
 
     def _stretch(self, node: Chain) -> tuple[int, int]:
         if node not in self.stretches:
@@ -153,16 +179,19 @@ class _Compiler:
 
 def depth(node: Node) -> int:
     """Values on the stack while a node is computed, its own included."""
-    if isinstance(node, Chain | Opaque):
-        return 1
-    if isinstance(node, Round):
-        return depth(node.node)
-    deepest = [depth(p) for p in node.parts]
-    if isinstance(node, Join):
-        deepest[:2] = sorted(deepest[:2], reverse=True)
-    else:  # any part may come last
-        return max(deepest) + (len(deepest) > 1)
-    return max(d + (i > 0) for i, d in enumerate(deepest))
+    match node:
+        case Round():
+            return depth(node.node)
+        case Join():
+            return _fold_depth(node.parts)
+        case Unordered():  # above the sum so far
+            return 1 + max(depth(p) for p in node.parts)
+    return 1
+
+
+def _fold_depth(parts: Sequence[Node]) -> int:
+    first, *rest = (depth(p) for p in parts)
+    return reduce(lambda a, b: max(a, b, min(a, b) + 1), rest, first)
 
 
 def _step_row(step: Step) -> tuple[int, ...]:

@@ -28,9 +28,10 @@ BLOCK = 1 << 21
 def run(recipe: Recipe, x: Bits16, operands: Operands) -> Bits16:
     """y uint16 [M, N], bits, for x uint16 [M, K], bits. Raises UnsupportedError for atomics of three parts and opaque sums."""
     y = np.zeros((recipe.M, recipe.N), np.uint16)
-    for region in recipe.regions:
-        for rows, columns in _blocks(region, recipe.K):
-            y[rows, columns] = _Block(recipe, x[rows], operands, columns).output(region)
+    with np.errstate(invalid="ignore"):  # infinities and NaN are numbers like others
+        for region in recipe.regions:
+            for rows, columns in _blocks(region, recipe.K):
+                y[rows, columns] = _Block(recipe, x[rows], operands, columns).output(region)
     return y
 
 
@@ -56,14 +57,16 @@ class _Block:
 
     def output(self, region: Region) -> Bits16:
         y = _round(self.value(region.tree), self.type)
+        if region.output.bias == "fused":
+            return _bits(_fma(y, self.scales[0], self._bias(), self.type), self.dtype)
         if region.output.scale:
-            scaled = y.astype(np.float64) * self.scales[0]
-            if region.output.bias == "fused":
-                return _bits(_round(scaled + self._bias(), self.type), self.dtype)
-            y = _round(scaled, self.type)
+            y = self._scaled(y, self.type)
         if region.output.bias == "added":
             y = _round(y.astype(np.float64) + self._bias(), self.type)
         return _bits(y, self.dtype)
+
+    def _scaled(self, y: Float, type: Type) -> Float:
+        return _round(y.astype(np.float64) * self.scales[0], type)
 
     def _bias(self) -> Float:
         if self.bias is None:
@@ -82,10 +85,11 @@ class _Block:
             case Round():
                 return _round(self.value(node.node), node.type)
             case Unordered() if len(node.parts) <= 2:
-                parts = [self.value(p) for p in node.parts]
-                if node.scaled:
-                    parts = [_round(p.astype(np.float64) * self.scales[0], node.type) for p in parts]
-                return parts[0] if len(parts) == 1 else _round(parts[0].astype(np.float64) + parts[1], node.type)
+                total = np.zeros(len(self.b), np.float32)
+                for part in node.parts:
+                    addend = self._scaled(self.value(part), node.type) if node.scaled else self.value(part)
+                    total = _round(total.astype(np.float64) + addend, node.type)
+                return total
             case Unordered():
                 raise UnsupportedError("the order of atomics is not fixed: replay one order of them with a seed")
             case Opaque():
@@ -128,9 +132,8 @@ def _fma(x: Float, w: Float, total: Float, type: Type) -> Float:
     """
     product, other = x.astype(np.float64) * w, total.astype(np.float64)
     s = product + other
-    with np.errstate(invalid="ignore"):
-        z = s - product
-        lost = (product - (s - z)) + (other - z)  # Knuth's two-sum: s + lost is the exact sum
+    z = s - product
+    lost = (product - (s - z)) + (other - z)  # Knuth's two-sum: s + lost is the exact sum
     odd = np.isfinite(s) & np.isfinite(lost) & (lost != 0) & (s.view(np.int64) & 1 == 0)
     toward = np.where((lost > 0) == (s > 0), 1, -1)  # a larger or a smaller magnitude
     return _round(np.where(odd, (s.view(np.int64) + toward).view(np.float64), s), type)
