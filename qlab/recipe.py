@@ -6,7 +6,8 @@ and opaque parts (cuBLAS) above them. A dequantisation rule says what ``w`` is, 
 
 Recipes are built in a normal form, so that equal functions have equal hashes: sums are commutative but not associative, the
 order of k inside one fused sum does not count, roundings to a type that holds the value already vanish, and neighbouring
-rectangles with one tree are one. The normal form is syntactic beyond that: it finds no equality that rests on the numbers.
+rectangles with one tree are one. The normal form is syntactic beyond that: it finds no equality that rests on the numbers. It
+keeps apart what differs in the sign of a zero alone: a sum left to atomics starts at +0 and never gives -0, a join may.
 
 Vocabulary after FPRev (arXiv 2411.00442) for trees, MMA-Sim (arXiv 2511.10909) for the step of a tensor core.
 """
@@ -16,9 +17,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,7 @@ from qlab import hardware
 from qlab.errors import QlabError
 
 Type = Literal["fp32", "fp16", "bf16"]
+TYPES: tuple[Type, ...] = ("fp32", "fp16", "bf16")
 Weights = Literal["rounded", "fused", "integer"]
 """What ``w`` is: ``rounded`` RN((q - z) * s); ``fused`` RN(q * s + RN(-s * z)), one rounding as Machete decodes AWQ;
 ``integer`` q - z, the scale coming later (in the step or in the output rule)."""
@@ -170,7 +173,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Unordered:
-    """Parts added to zero in an order that is not fixed (atomics), each addition rounded in ``type``."""
+    """Parts added to +0 in an order that is not fixed (atomics), each addition rounded in ``type``; two have one result."""
 
     parts: tuple[Node, ...]
     type: Type
@@ -191,6 +194,8 @@ Node = Chain | Join | Round | Unordered | Opaque
 def chain(step: Step, order: Sequence[int] | NDArray[np.integer[Any]]) -> Chain:
     """A chain in normal form. The order of k inside one fused sum of a tensor core does not count, so it is sorted there."""
     k = np.asarray(order, np.int64)
+    if step.terms < 1 or step.accumulator not in ("fp32", "fp16") or (isinstance(step, HalfDot) and step.terms % 2):
+        raise QlabError(f"no step of a chain: {step!r}")
     if len(k) % step.terms:
         raise QlabError(f"a chain over {len(k)} k does not divide into steps of {step.terms}")
     if isinstance(step, TensorCore):
@@ -198,19 +203,22 @@ def chain(step: Step, order: Sequence[int] | NDArray[np.integer[Any]]) -> Chain:
     return Chain(step, fold(k))
 
 
+def zero(node: Node) -> Chain:
+    """+0: a chain over nothing, of a step that the node has."""
+    return Chain(next(n.step for n in nodes(node) if isinstance(n, Chain)), ())
+
+
 def join(parts: Sequence[Node], type: Type = "fp32") -> Node:
-    """A left fold in normal form: one part is itself, a leading join of the same type is flattened, the first two commute."""
-    found = list(parts)
-    if len(found) > 1:
-        # a + b = b + a: a leading join goes first, so that it can be flattened; otherwise the smaller text does.
-        found[:2] = sorted(found[:2], key=lambda n: (not _flattens(n, type), key(n)))
-    if len(found) > 1 and isinstance(found[0], Join) and found[0].type == type:
-        found[:1] = found[0].parts
-    return found[0] if len(found) == 1 else Join(tuple(found), type)
-
-
-def _flattens(node: Node, type: Type) -> bool:
-    return isinstance(node, Join) and node.type == type
+    """A left fold in normal form: one part is itself, each addition commutes, a leading join of the same type is flattened."""
+    total, *rest = _addends(parts, type)
+    for part in rest:
+        # a + b = b + a: a join goes first, so that it can be flattened; of two joins, or none, the smaller text does.
+        leads = [isinstance(n, Join) and n.type == type for n in (total, part)]
+        if leads[1] > leads[0] or (leads[1] == leads[0] and key(part) < key(total)):
+            total, part = part, total
+        flat = total.parts if isinstance(total, Join) and total.type == type else (total,)
+        total = Join((*flat, part), type)
+    return total
 
 
 def rounded(node: Node, type: Type) -> Node:
@@ -218,11 +226,16 @@ def rounded(node: Node, type: Type) -> Node:
     return node if value_type(node) in (type, None) or type == "fp32" else Round(node, type)
 
 
-def unordered(parts: Sequence[Node], type: Type, *, scaled: bool = False) -> Node:
-    """Atomics onto zero: of one part or two there is only one order."""
-    if len(parts) <= 2 and not scaled:
-        return join(parts, type)
-    return Unordered(tuple(sorted(parts, key=key)), type, scaled)
+def unordered(parts: Sequence[Node], type: Type, *, scaled: bool = False) -> Unordered:
+    """Atomics in normal form: the parts sorted."""
+    return Unordered(tuple(sorted(_addends(parts, type), key=key)), type, scaled)
+
+
+def _addends(parts: Sequence[Node], type: Type) -> list[Node]:
+    """The parts of a sum. fp16 and bf16 sums take values of their own type, so that one part alone needs no rounding."""
+    if not parts or type not in TYPES or (type != "fp32" and any(value_type(p) not in (type, None) for p in parts)):
+        raise QlabError(f"a sum in {type} needs parts, and in fp16 or bf16 parts rounded to that type")
+    return list(parts)
 
 
 def value_type(node: Node) -> Type | None:
@@ -245,6 +258,10 @@ class Output:
     """``RN(y * s)`` with the whole column's scale (Marlin without groups)."""
     bias: Literal["none", "added", "fused"] = "none"
     """``added``: RN(y + bias); ``fused``: RN(y * s + bias), one rounding in place of two."""
+
+    def __post_init__(self) -> None:
+        if self.bias not in ("none", "added", "fused") or (self.bias == "fused" and not self.scale):
+            raise QlabError(f"no output rule: bias {self.bias!r} with scale {self.scale}; only a scale can fuse with a bias")
 
     def __str__(self) -> str:
         first = ", RN(y*s + bias) fused" if self.bias == "fused" else ", RN(y*s)" if self.scale else ""
@@ -289,7 +306,12 @@ class Recipe:
         cls, m: int, k: int, n: int, dtype: Type, tiles: Iterable[Tile], *, weights: Weights = "rounded", rows: Rows = "natural"
     ) -> Recipe:
         """A recipe in normal form. Raises QlabError unless the tiles cover the output exactly once."""
-        return cls(m, k, n, dtype, weights, rows, _regions(m, n, list(tiles)))
+        if dtype not in ("fp16", "bf16") or weights not in WEIGHTS or rows not in ("natural", "sorted"):
+            raise QlabError(f"no recipe has dtype {dtype!r}, weights {weights!r} and rows {rows!r}")
+        found = [replace(t, tree=t.tree.node) if isinstance(t.tree, Round) and t.tree.type == dtype else t for t in tiles]
+        for tree in {id(t.tree): t.tree for t in found}.values():
+            _check(tree, k, dtype)
+        return cls(m, k, n, dtype, weights, rows, _regions(m, n, found))
 
     @cached_property
     def hash(self) -> str:
@@ -310,34 +332,27 @@ class Recipe:
         """Data for JSON; trees that several regions share are written once."""
         trees: dict[str, int] = {}
         regions = [
-            [list(r.rows), [list(c) for c in r.columns], trees.setdefault(key(r.tree), len(trees)), [r.output.scale, r.output.bias]]
+            [list(r.rows), [list(c) for c in r.columns], trees.setdefault(key(r.tree), len(trees)), list(astuple(r.output))]
             for r in self.regions
         ]
-        return {
-            "schema": SCHEMA,
-            "shape": [self.M, self.K, self.N],
-            "dtype": self.dtype,
-            "weights": self.weights,
-            "rows": self.rows,
-            "trees": [json.loads(t) for t in trees],
-            "regions": regions,
-        }
+        head = {"schema": SCHEMA, "shape": [self.M, self.K, self.N], "dtype": self.dtype, "weights": self.weights}
+        return head | {"rows": self.rows, "trees": [json.loads(t) for t in trees], "regions": regions}
 
     @classmethod
     def from_plain(cls, data: Any) -> Recipe:
-        """Inverse of :meth:`plain`. Raises QlabError when the data is not a recipe of this version."""
+        """Inverse of :meth:`plain`; trees not in normal form are brought into it. Raises QlabError for what is no recipe."""
         try:
             if data["schema"] != SCHEMA:
                 raise QlabError(f"holds {data['schema']!r}, not {SCHEMA!r}")
-            trees = [node_from_plain(t) for t in data["trees"]]
+            trees = dict(enumerate(node_from_plain(t) for t in data["trees"]))
             tiles = [
-                Tile((rows[0], rows[1]), (c[0], c[1]), trees[tree], Output(scale, bias))
+                Tile(_whole(rows, 2), _whole(c, 2), trees[tree], Output(_flag(scale), bias))
                 for rows, columns, tree, (scale, bias) in data["regions"]
                 for c in columns
             ]
-            m, k, n = data["shape"]
+            m, k, n = _whole(data["shape"], 3)
             return cls.of(m, k, n, data["dtype"], tiles, weights=data["weights"], rows=data["rows"])
-        except (KeyError, IndexError, TypeError, ValueError) as e:
+        except (KeyError, IndexError, TypeError, ValueError, RecursionError) as e:
             raise e if isinstance(e, QlabError) else QlabError(f"not a recipe: {type(e).__name__}: {e}") from None
 
     def __str__(self) -> str:
@@ -373,19 +388,48 @@ def node_from_plain(data: Any) -> Node:
     """Inverse of :func:`plain`."""
     kind = data[0]
     if kind == "chain":
-        return Chain(_STEPS[data[1][0]](*data[1][1:]), tuple(Run(*r) for r in data[2]))
+        return chain(_step(data[1]), unfold(tuple(_run(r) for r in data[2])))
     if kind == "join":
-        return Join(tuple(node_from_plain(p) for p in data[2]), data[1])
+        return join([node_from_plain(p) for p in data[2]], data[1])
     if kind == "unordered":
-        return Unordered(tuple(node_from_plain(p) for p in data[2]), data[1], data[3])
-    if kind == "round":
-        return Round(node_from_plain(data[2]), data[1])
-    if kind == "opaque":
+        return unordered([node_from_plain(p) for p in data[2]], data[1], scaled=_flag(data[3]))
+    if kind == "round" and data[1] in TYPES:
+        return rounded(node_from_plain(data[2]), data[1])
+    if kind == "opaque" and isinstance(data[1], str):
         return Opaque(data[1])
-    raise QlabError(f"unknown kind of node {kind!r}")
+    raise QlabError(f"no node of a recipe: {str(data)[:80]}")
 
 
-_STEPS: dict[str, Any] = {"mma": TensorCore, "fma": Fma, "half dot": HalfDot}
+def _run(data: Any) -> Run:
+    run = Run(*_whole(data, 4))
+    last = run.start + run.stride * (run.count - 1)
+    largest = max(run.start, last, abs(run.stride), run.length * run.count)
+    if min(run.start, last, run.length - 1, run.count - 1) < 0 or largest >> 24:
+        raise QlabError(f"no run of k: {data}")
+    return run
+
+
+def _whole(data: Any, count: int) -> Any:
+    """The data as a tuple of ints."""
+    if len(data) != count or any(type(v) is not int for v in data):
+        raise QlabError(f"not {count} whole numbers: {str(data)[:80]}")
+    return tuple(data)
+
+
+def _flag(data: Any) -> bool:
+    if type(data) is not bool:
+        raise QlabError(f"neither true nor false: {str(data)[:80]}")
+    return data
+
+
+_STEPS: dict[str, tuple[Any, int]] = {"mma": (TensorCore, 3), "fma": (Fma, 0), "half dot": (HalfDot, 1)}
+
+
+def _step(data: Any) -> Step:
+    kind, numbers = _STEPS[data[0]]
+    if max(map(abs, _whole([v for v in data[1:] if v not in TYPES], numbers)), default=0) >> 10:
+        raise QlabError(f"no step of a chain: {data}")
+    return cast(Step, kind(*data[1:]))
 
 
 def _plain_step(step: Step) -> list[Any]:
@@ -394,24 +438,36 @@ def _plain_step(step: Step) -> list[Any]:
     return ["fma", step.accumulator] if isinstance(step, Fma) else ["half dot", step.terms]
 
 
+def _check(tree: Node, k: int, dtype: Type) -> None:
+    for n in nodes(tree):
+        if isinstance(n, Chain):
+            order = unfold(n.walk)
+            if order.size and (order.min() < 0 or order.max() >= k):
+                raise QlabError(f"{n} leaves the rows 0:{k} of the weight")
+            if isinstance(n.step, TensorCore) and (dtype, n.step.accumulator) == ("bf16", "fp16"):
+                raise QlabError("no tensor core adds products of bf16 numbers in fp16")
+
+
 def _regions(m: int, n: int, tiles: list[Tile]) -> tuple[Region, ...]:
     """Bands of rows with the same columns below each other become one; columns of one tree side by side, too."""
     row_cuts = sorted({0, m, *(r for t in tiles for r in t.rows)})
     column_cuts = sorted({0, n, *(c for t in tiles for c in t.columns)})
     row_at, column_at = ({v: i for i, v in enumerate(cuts)} for cuts in (row_cuts, column_cuts))
+    texts = {i: key(tree) for i, tree in {id(t.tree): t.tree for t in tiles}.items()}  # many tiles share a tree
     kinds: dict[tuple[str, Output], int] = {}
-    texts: dict[int, str] = {}  # trees are shared by many tiles; each object's text is made once
     found: list[Tile] = []
     grid = np.full((len(row_cuts) - 1, len(column_cuts) - 1), -1)
     for t in tiles:
-        text = texts.setdefault(id(t.tree), "") or key(t.tree)
-        texts[id(t.tree)] = text
-        kind = kinds.setdefault((text, t.output), len(kinds))
+        (top, bottom), (left, right) = t.rows, t.columns
+        where = f"the tile of rows {top}:{bottom}, columns {left}:{right}"
+        if not (0 <= top < bottom <= m and 0 <= left < right <= n):
+            raise QlabError(f"{where} is empty or leaves the {m} x {n} output")
+        kind = kinds.setdefault((texts[id(t.tree)], t.output), len(kinds))
         if kind == len(found):
             found.append(t)
-        cell = grid[row_at[t.rows[0]] : row_at[t.rows[1]], column_at[t.columns[0]] : column_at[t.columns[1]]]
-        if not cell.size or (cell != -1).any() or row_cuts[-1] != m or column_cuts[-1] != n:
-            raise QlabError(f"tile rows {t.rows}, columns {t.columns} is empty, overlaps another or leaves the {m} x {n} output")
+        cell = grid[row_at[top] : row_at[bottom], column_at[left] : column_at[right]]
+        if (cell != -1).any():
+            raise QlabError(f"{where} overlaps another")
         cell[:] = kind
     if (grid == -1).any():
         raise QlabError(f"the tiles leave a part of the {m} x {n} output without a sum")
@@ -423,9 +479,9 @@ def _regions(m: int, n: int, tiles: list[Tile]) -> tuple[Region, ...]:
             j += 1
         ranges: dict[int, list[tuple[int, int]]] = {}
         cuts = [0, *(np.flatnonzero(np.diff(grid[i])) + 1).tolist(), grid.shape[1]]
-        for a, b in zip(cuts, cuts[1:], strict=False):
+        for a, b in pairwise(cuts):
             ranges.setdefault(int(grid[i, a]), []).append((column_cuts[a], column_cuts[b]))
-        for kind, columns in ranges.items():
-            out.append(Region((row_cuts[i], row_cuts[j]), tuple(columns), found[kind].tree, found[kind].output))
+        rows = row_cuts[i], row_cuts[j]
+        out += [Region(rows, tuple(columns), found[kind].tree, found[kind].output) for kind, columns in ranges.items()]
         i = j
     return tuple(out)

@@ -13,7 +13,7 @@ import numpy as np
 
 from qlab.backends.registry import Problem
 from qlab.hardware import Gpu
-from qlab.recipe import Node, Opaque, Recipe, TensorCore, Tile, chain, join, rounded
+from qlab.recipe import Node, Opaque, Recipe, TensorCore, Tile, chain, join, rounded, zero
 from qlab.recipes.build import Build, type_name
 
 SLICES = 8
@@ -23,9 +23,12 @@ ACCUMULATORS = 4
 
 
 def torch_sum(partials: Sequence[Node]) -> Node:
-    """PyTorch's ``sum(0)`` over a few fp16 matrices: i, i + 4, ... in turn, then the four sums in turn, in fp32."""
+    """PyTorch's ``sum(0)`` over a few fp16 matrices: i, i + 4, ... in turn, then the four sums in turn, in fp32.
+
+    Its accumulators start at +0, which shows where every partial sum is -0. One +0 anywhere does what four at the start do.
+    """
     lanes = [join(partials[i::ACCUMULATORS]) for i in range(min(ACCUMULATORS, len(partials)))]
-    return join(lanes)
+    return join([join(lanes), zero(partials[0])])
 
 
 def slice_order(k: int, index: int) -> np.ndarray:
