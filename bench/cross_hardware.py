@@ -29,7 +29,15 @@ from qlab.replay import replay
 from qlab.serial import write_json
 
 SCHEMA = "qlab.cross_hardware/1"
-SHAPES = ((1, 4096, 1024), (16, 4096, 512), (64, 4096, 256), (100, 2048, 256), (1, 14336, 512), (1, 4096, 4096), (16, 4096, 4096))
+SHAPES = (
+    (1, 4096, 1024),
+    (16, 4096, 512),
+    (64, 4096, 256),
+    (100, 2048, 256),
+    (1, 14336, 512),
+    (1, 4096, 4096),
+    (16, 4096, 4096),
+)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -75,8 +83,8 @@ def measure(m: int, k: int, n: int, dtype: str, seed: int) -> Shape:
     }
     pairs = {
         "Marlin, A100 to H100": (marlin["A100"], marlin["H100"]),
-        "Marlin, 108 to 132 SMs on an H100's tensor core": (marlin["108 SMs"], marlin["H100"]),
-        "Marlin, A100's to H100's tensor core with 108 SMs": (marlin["A100"], marlin["108 SMs"]),
+        "Marlin, 108 to 132 SMs, one tensor core": (marlin["108 SMs"], marlin["H100"]),
+        "Marlin, one order, A100's to H100's core": (marlin["A100"], marlin["108 SMs"]),
     }
     if dtype == "fp16":
         awq = {g.key: recipe("vllm.awq_gemm", problem, g) for g in (a100, h100)}
@@ -101,9 +109,11 @@ def main() -> None:
     shapes = tuple(measure(*shape, dtype, 100 + i) for dtype in DTYPES for i, shape in enumerate(SHAPES))
     if args.json:
         write_json(args.json, Result(SCHEMA, collect(), shapes))
-    table = Table("M, K, N", "dtype", "pair", box=box.SIMPLE_HEAD)
-    for column in ("relative L2", "differing outputs"):
-        table.add_column(column, justify="right")
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("M, K, N", "", "pair"):
+        table.add_column(column, no_wrap=True)
+    for column in ("rel. L2", "differ"):
+        table.add_column(column, justify="right", no_wrap=True)
     for s in shapes:
         for p in s.pairs:
             table.add_row(f"{s.M}, {s.K}, {s.N}", s.dtype, p.what, f"{p.relative_l2:.1e}", f"{p.differing / p.outputs:.2%}")
