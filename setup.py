@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -48,13 +49,16 @@ NVCC_FLAGS = [
 
 def cuda_home() -> tuple[Path | None, str]:
     """CUDA's folder, or why there is none; nvcc alone may be a wrapper beside which there are no libraries."""
-    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    home = Path(named)
-    if not (home / "bin/nvcc").is_file():
-        return None, f"there is no bin/nvcc in {home}; CUDA_HOME names CUDA's folder"
-    if not list(home.glob("lib64/libcudart*")):
-        return None, f"there is no lib64/libcudart in {home}; CUDA_HOME names CUDA's folder"
-    return home, ""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    on_path = shutil.which("nvcc")
+    usual = [Path("/usr/local/cuda"), *([Path(on_path).resolve().parents[1]] if on_path else [])]
+    reason = ""
+    for home in [Path(named)] if named else usual:
+        missing = [part for part in ("bin/nvcc", "lib64/libcudart*") if not list(home.glob(part))]
+        if not missing:
+            return home, ""
+        reason = reason or f"there is no {missing[0].strip('*')} in {home}; CUDA_HOME names CUDA's folder"
+    return None, reason
 
 
 def cuda_extension() -> list[Pybind11Extension]:

@@ -41,8 +41,8 @@ def target(build: Build, gpu: Gpu, *more: tuple[int, int]) -> tuple[int, int]:
         raise UnsupportedError(f"Triton {build.triton} may order k otherwise than {', '.join(VERSIONS)}, whose code was read")
     capability = build.capability(gpu)
     if capability not in (*more, *TARGETS):
-        known = ", ".join(f"{a}.{b}" for a, b in sorted((*more, *TARGETS)))
-        raise UnsupportedError(f"Triton's code for compute capability {capability[0]}.{capability[1]} was not read, only {known}")
+        named, *known = (f"{a}.{b}" for a, b in (capability, *more, *TARGETS))
+        raise UnsupportedError(f"Triton's code for compute capability {named} was not read, only {', '.join(known)}")
     return capability
 
 
@@ -50,8 +50,8 @@ def dot_order(rows: int, k_width: int) -> NDArray[np.int64]:
     """The k of one ``tl.dot`` as mma.sync m16n8k16 takes them: 16 to an instruction, its first half before its second.
 
     ``k_width`` is the kWidth of both operands' layout (16-bit elements): of each ``8 * k_width`` k, lane t of four holds the
-    ``k_width`` from ``k_width * t`` on and as many ``4 * k_width`` further. Instruction j takes the j-th pair of the former as its
-    k 2t and 2t + 1, of the latter as its k 2t + 8 and 2t + 9 (Triton, MMAv2.cpp). With kWidth 2 that is the natural order.
+    ``k_width`` from ``k_width * t`` on, and as many ``4 * k_width`` further. Instruction j takes the j-th pair of those as its
+    k 2t and 2t + 1, the j-th pair of these as its k 2t + 8 and 2t + 9 (Triton, MMAv2.cpp). kWidth 2 is the natural order.
     """
     k = np.arange(rows).reshape(-1, 2, 4, k_width // 2, 2)  # [8 * k_width k, half, lane, instruction, pair]
     return k.transpose(0, 3, 1, 2, 4).ravel()

@@ -44,8 +44,9 @@ class Slice(NamedTuple):
 
     start: int
     stop: int
-    count: int
-    index: int
+    slices: int
+    number: int
+    """From the last k to the first."""
 
 
 def simulate(launch: Launch, n: int, k: int, group_size: int, sms: int) -> dict[int, list[Slice]]:
@@ -103,8 +104,8 @@ def test_pieces_are_those_of_the_simulated_blocks() -> None:
                 slices = sorted(want[tile])
                 assert [(s.start, s.stop) for s in slices] == list(cuts), p
                 # The last piece along k begins the sum, the first one ends it and writes.
-                assert [s.index for s in slices] == list(range(len(slices)))[::-1]
-                assert {s.count for s in slices} == {len(slices)}
+                assert [s.number for s in slices] == list(range(len(slices)))[::-1]
+                assert {s.slices for s in slices} == {len(slices)}
                 cut += len(cuts) > 1
     assert cut > 1000
 

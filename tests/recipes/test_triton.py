@@ -1,4 +1,4 @@
-"""Triton kernels, qlab's and vLLM's: what the compiler does today is what the recipes rest on; recorded outputs are replayed."""
+"""Triton kernels, qlab's and vLLM's: the compiler does what the recipes rest on, and recorded outputs are replayed."""
 
 from __future__ import annotations
 
