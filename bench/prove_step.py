@@ -222,10 +222,12 @@ def tiny(s: Shape) -> Operands:
 
 def ties(s: Shape) -> Operands:
     """One product at a tie of the result's smallest places, and others so small that where truncation ends decides it."""
-    if s.dtype == torch.bfloat16:  # results in units of 2^-149 from products down to 2^-164
-        a, b = s.exponents(s.bits(16, s.k), -75, -68), s.exponents(s.bits(s.k, 8), -75, -68)
+    if s.dtype == torch.bfloat16:  # results in units of 2^-149 from products down to 2^-170
+        a, b = s.exponents(s.bits(16, s.k), -78, -70), s.exponents(s.bits(s.k, 8), -78, -70)
         a[s.share(0.3, 16, s.k)] = 0
-        return a, b, s.bits(16, 8, width=32) & (~0x7FFFFFF8 if not s.half else 0)
+        c = s.bits(16, 8, width=32) & (-0x80000000 | 0x7)
+        c[s.share(0.5, 16, 8)] = 0
+        return a, b, c
     a, b = s.bits(16, s.k) & (-0x8000 | 0xF), s.bits(s.k, 8) & (-0x8000 | 0xF)  # subnormals: products from 2^-48 to 2^-40
     a[:, :, 0] = s.input(torch.tensor(2.0**-12, device=s.device))
     b[:, 0] = s.input(torch.tensor(2.0**-13, device=s.device))  # 2^-25, half of fp16's smallest
@@ -310,17 +312,22 @@ SPEEDS = (
 RUNS, CALLS = 7, 4
 
 
-def speed(step: Step, name: str, dtype: str, m: int, k: int, n: int, chains: int) -> Speed:
-    """Chains of K / chains each, joined in fp32, timed with events."""
+def gemm(step: Step, dtype: str, m: int, k: int, n: int, chains: int) -> Program:
+    """One region of ``chains`` chains over K / chains each, joined in fp32."""
     length = k // chains
     ops = [(0, 0, i * length, (i + 1) * length) for i in range(chains)]
     joined = [ops[0], *(op for chain in ops[1:] for op in (chain, (1, 0, 0, 0))), (2, 1 if dtype == "fp16" else 2, 0, 0)]
-    program = Program(
+    return Program(
         np.arange(k, dtype=np.int32),
         np.array([(0, step.fraction_bits, step.terms, step.zero_exponent, 0, step.terms)], np.int32),
         np.array(joined, np.int32),
         np.array([(0, m, 0, n, 0, len(joined))], np.int32),
     )
+
+
+def speed(step: Step, name: str, dtype: str, m: int, k: int, n: int, chains: int) -> Speed:
+    """A whole GEMM, timed with events."""
+    program = gemm(step, dtype, m, k, n, chains)
     x, w = (torch.randn(size, device="cuda").to(DTYPES[dtype]) for size in ((m, k), (k, n)))
     empty, group = x.new_empty(0), torch.empty(0, dtype=torch.int32, device="cuda")
     times = []

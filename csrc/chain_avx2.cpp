@@ -4,7 +4,11 @@
 
 #include <cstdint>
 
-// Only what follows is compiled for AVX2: a function of the standard library that is must not reach other machines.
+static bool usable() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+// Only what follows: the above runs on every processor, and functions of the standard library are shared with other units.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
@@ -57,9 +61,7 @@ struct Avx2 : Lanes {
 
 }  // namespace
 
-const Isa kAvx2{"avx2",
-                [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
-                run_chain<Avx2>};
+const Isa kAvx2{"avx2", usable, run_chain<Avx2>};
 
 }  // namespace qlab
 

@@ -4,6 +4,12 @@
 
 #include <cstdint>
 
+static bool usable() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+// Only what follows: the above runs on every processor, and functions of the standard library are shared with other units.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c"))), apply_to = function)
 #else
@@ -67,13 +73,7 @@ struct Avx512 : Lanes {
 
 }  // namespace
 
-const Isa kAvx512{"avx512",
-                  [] {
-                      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                             __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-                  },
-                  run_chain<Avx512>};
+const Isa kAvx512{"avx512", usable, run_chain<Avx512>};
 
 }  // namespace qlab
 

@@ -24,7 +24,6 @@ inline constexpr int kByteBias = 153;        // of an operand's exponent as a by
 inline constexpr int kByteSum = 179;         // 153 + 26: an exponent of 26 is the largest
 inline constexpr int kLowestSum = 194;       // of two bytes: exponents that sum to -112, the last bit of bf16's product 2^-126
 inline constexpr int kAhead = 32;            // k between the row of w that is decoded and the one that is fetched
-inline constexpr int kFp32Exponent = 0x7F800000;
 
 // Operands of one step: 64-lane blocks of bits to fp32 and to exponents as bytes.
 template <class V, bool bf16>
@@ -127,15 +126,16 @@ inline __attribute__((always_inline)) void fused_sum(int fraction_bits, int term
     using I = typename V::I;
     for (int n = 0; n < kBlock; n += 4 * V::width) {
         const std::uint8_t* tops = s.top + r * kBlock + n;
-        I exponent[4], total[4], start[4];
-        F scale[4];
+        I total[4], start[4];
+        F scale[4], unit[4];
 #pragma GCC unroll 4
         for (int v = 0; v < 4; ++v) {
             const F c = V::template load<F>(sum + n + v * V::width);
-            I own = V::bits(c) & kFp32Exponent;
+            I own = V::bits(c) & kFp32Infinity;
             if (half) own = V::max(own, (own > 0) & (113 << 23));  // fp16's smallest
-            exponent[v] = V::max(V::widen(tops + v * V::width) << 23, own);
-            scale[v] = V::from_bits(((254 + fraction_bits) << 23) - exponent[v]);
+            const I last = V::max(V::widen(tops + v * V::width) << 23, own) - (fraction_bits << 23);
+            unit[v] = V::from_bits(last);
+            scale[v] = V::from_bits((254 << 23) - last);  // its inverse
             start[v] = V::truncate(c * scale[v]);
             total[v] = wide ? I{} : start[v];
         }
@@ -147,14 +147,13 @@ inline __attribute__((always_inline)) void fused_sum(int fraction_bits, int term
         }
 #pragma GCC unroll 4
         for (int v = 0; v < 4; ++v) {
-            const F unit = V::from_bits(exponent[v] - (fraction_bits << 23));
             F c;
             if (half)
-                c = V::round_half(V::to_odd(total[v]) * unit) + 0.0f;  // -0 becomes +0
+                c = V::round_half(V::to_odd(total[v]) * unit[v]) + 0.0f;  // -0 becomes +0
             else if (wide)
-                c = V::sum_toward_zero(total[v], start[v]) * unit;
+                c = V::sum_toward_zero(total[v], start[v]) * unit[v];
             else
-                c = V::toward_zero(total[v]) * unit;
+                c = V::toward_zero(total[v]) * unit[v];
             V::store(sum + n + v * V::width, c);
         }
     }

@@ -11,6 +11,8 @@
 namespace qlab {
 namespace {
 
+inline constexpr std::int32_t kFp32Infinity = 0x7F800000;  // and the mask of fp32's exponent
+
 #define QLAB_INLINE static inline __attribute__((always_inline))
 
 struct Lanes {
@@ -88,16 +90,18 @@ struct Lanes {
     // leaves the bits that fp16 has.
     QLAB_INLINE F round_half(F x) {
         const I sign = bits(x) & INT32_MIN, magnitude = bits(x) ^ sign;
-        const I exponent = max(magnitude & 0x7F800000, splat(113 << 23));
-        const F m = from_bits(magnitude), big = from_bits((exponent > (200 << 23) ? splat(200 << 23) : exponent) + (13 << 23));
+        I exponent = max(magnitude & kFp32Infinity, splat(113 << 23));
+        exponent -= (exponent - (200 << 23)) & (exponent > (200 << 23));  // infinity must stay below the last exponent
+        const F m = from_bits(magnitude), big = from_bits(exponent + (13 << 23));
         const F r = (m + big) - big;
         return from_bits(bits(r > 65504.0f ? splat(__builtin_inff()) : r) | sign);
     }
 
     QLAB_INLINE F round_bf16(F x) {
-        const I sign = bits(x) & INT32_MIN, m = bits(x) ^ sign;
-        const I r = (m + 0x7FFF + ((m >> 16) & 1)) & INT32_C(0x7FFF0000);
-        return from_bits((m > 0x7F800000 ? m : r) | sign);
+        const I sign = bits(x) & INT32_MIN, magnitude = bits(x) ^ sign, nan = magnitude > kFp32Infinity;
+        const I number = magnitude & ~nan;
+        const I rounded = (number + 0x7FFF + ((number >> 16) & 1)) & INT32_C(0x7FFF0000);
+        return from_bits(rounded | (magnitude & nan) | sign);
     }
 
     // RN(a * b + c); for fp16 a and b, whose product is exact in fp32, a plain sum rounds once as well.

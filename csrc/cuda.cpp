@@ -18,6 +18,7 @@ PYBIND11_MODULE(_cuda, m) {
     py::class_<StepRow>(m, "StepRow").def(py::init([](int kind, int fraction_bits, int terms, int zero_exponent, int accumulator) {
         return StepRow{kind, fraction_bits, terms, zero_exponent, accumulator};
     }));
+    m.def("set_device", &qlab::cuda::set_device, "The device of later launches.");
     m.def("chain_tiles", &qlab::cuda::chain_tiles, "Rows and columns of each shape of tile; the last one takes any step.");
     m.def("is_fast", &qlab::cuda::is_fast, "Whether the shapes before the last take this step.");
     m.def("run_chains", &qlab::cuda::run_chains, "One chain per tile into its part of the results.");

@@ -26,6 +26,8 @@ void launch(const Problem& p, const Rule& rule, const ChainTile* tiles, int coun
 
 }  // namespace
 
+void set_device(int device) { check(cudaSetDevice(device), "kernels of this device"); }
+
 std::vector<std::pair<int, int>> chain_tiles() {
     std::vector<std::pair<int, int>> tiles;
     for (int i = 0; i < kShapes; ++i) with_shape(i, [&](auto s) { tiles.emplace_back(s.rows, s.columns); });
@@ -54,11 +56,11 @@ void run_chains(int shape, const Operands& operands, const StepRow& step, std::u
 }
 
 void run_join(const Operands& operands, std::uint64_t ops, std::uint64_t tiles, int count, std::uint64_t results, std::uint64_t y,
-              std::uint64_t stream) {
+              bool raw, std::uint64_t stream) {
     if (count == 0) return;
     join_chains<<<count, kPlainColumns, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
         problem(operands), reinterpret_cast<const OpRow*>(ops), reinterpret_cast<const JoinTile*>(tiles),
-        reinterpret_cast<const float*>(results), reinterpret_cast<std::uint16_t*>(y));
+        reinterpret_cast<const float*>(results), reinterpret_cast<void*>(y), raw);
     check(cudaGetLastError(), "join");
 }
 

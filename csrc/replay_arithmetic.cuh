@@ -176,8 +176,19 @@ QLAB_BOTH float add_values(float a, float b, int type) {
     return type == fp32 ? canonical(add_nearest(a, b)) : nearest(add_to_odd(a, b), type);
 }
 
-// fp16 fma of fp16 values, rounded once.
-QLAB_BOTH float fma_half(float a, float b, float c) {
+// fp16 fma of 16-bit values, rounded once.
+QLAB_BOTH float fma_half(float a, float b, float c, bool is_bf16) {
+#ifdef __CUDA_ARCH__
+    if (!is_bf16) {
+        float r;
+        asm("{.reg .b16 x, y, z; cvt.rn.f16.f32 x, %1; cvt.rn.f16.f32 y, %2; cvt.rn.f16.f32 z, %3; fma.rn.f16 z, x, y, z; "
+            "cvt.f32.f16 %0, z;}"
+            : "=f"(r)
+            : "f"(a), "f"(b), "f"(c));
+        return r;
+    }
+#endif
+    static_cast<void>(is_bf16);
     return nearest(add_to_odd(multiply_nearest(double{a}, double{b}), c), fp16);
 }
 

@@ -36,7 +36,7 @@ __device__ __forceinline__ void fma_rows(const Problem& p, const Rule& rule, con
         for (int r = 0; r < kPlainRows; ++r) {
             if (tile.m0 + r >= tile.m1) break;
             const float x = operand_value(p.x[static_cast<std::int64_t>(tile.m0 + r) * p.k + k], p.is_bf16);
-            sum[r] = rule.half ? fma_half(x, w, sum[r]) : fma_nearest(x, w, sum[r]);
+            sum[r] = rule.half ? fma_half(x, w, sum[r], p.is_bf16) : fma_nearest(x, w, sum[r]);
         }
     }
 }
@@ -53,7 +53,7 @@ __device__ __forceinline__ void half_dot_rows(const Problem& p, const Rule& rule
             for (int r = 0; r < kPlainRows; ++r) {
                 if (tile.m0 + r >= tile.m1) break;
                 const float x = operand_value(p.x[static_cast<std::int64_t>(tile.m0 + r) * p.k + k], p.is_bf16);
-                const float next = fma_half(x, w, is_even ? even[r] : odd[r]);
+                const float next = fma_half(x, w, is_even ? even[r] : odd[r], p.is_bf16);
                 even[r] = is_even ? next : even[r];
                 odd[r] = is_even ? odd[r] : next;
             }
@@ -141,15 +141,20 @@ __device__ __forceinline__ float joined(const Problem& p, const OpRow* ops, int 
     return stack[0];
 }
 
+// y takes the values' 16 bits, or with `raw` the fp32 values that the programs leave.
 __global__ void __launch_bounds__(kPlainColumns)
-    join_chains(const Problem p, const OpRow* ops, const JoinTile* tiles, const float* results, std::uint16_t* y) {
+    join_chains(const Problem p, const OpRow* ops, const JoinTile* tiles, const float* results, void* y, bool raw) {
     const JoinTile tile = tiles[blockIdx.x];
     const int n = tile.n0 + static_cast<int>(threadIdx.x);
     if (n >= tile.n1) return;
     for (int m = tile.m0; m < tile.m1; ++m) {
         const float* own = results + tile.results + static_cast<std::int64_t>(m - tile.m0) * tile.row_size + threadIdx.x;
         const float value = joined(p, ops + tile.first_op, tile.last_op - tile.first_op, own, tile.chain_size, n);
-        y[static_cast<std::int64_t>(m) * p.n + n] = output_bits(value, p.is_bf16);
+        const std::int64_t at = static_cast<std::int64_t>(m) * p.n + n;
+        if (raw)
+            static_cast<float*>(y)[at] = canonical(value);
+        else
+            static_cast<std::uint16_t*>(y)[at] = output_bits(value, p.is_bf16);
     }
 }
 

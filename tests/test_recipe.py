@@ -453,7 +453,7 @@ def test_what_is_no_recipe() -> None:
         recipe(leaf(0), weights="dense")
     for arguments in (False, "fused"), (True, "twice"):
         with pytest.raises(QlabError, match="no output rule"):
-            Output(*arguments)  # type: ignore[arg-type]
+            Output(*arguments)
 
 
 # Hash and JSON
@@ -548,7 +548,7 @@ def spots(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 WHOLE = full().plain()
-DAMAGE = [None, -1, 10**9, 10**30, 0.5, float("nan"), "x", [], [[]], {}, True, "drop"]
+DAMAGE: list[Any] = [None, -1, 10**9, 10**30, 0.5, float("nan"), "x", [], [[]], {}, True, "drop"]
 
 
 @settings(max_examples=400, deadline=None)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qlab.errors import QlabError
 from qlab.recipe import Output, Recipe, Tile, Unordered
 from qlab.replay import replay
+from qlab.replay.operands import bits, values
+from qlab.replay.step import Bits16
 from qlab.weights import Int4Weight
 
 EXACT_ADDENDS = 16
@@ -26,13 +28,17 @@ class Reachable:
     exact: bool
     """True where ``values`` is every reachable result; False where it holds those of sampled orders."""
     values: tuple[float, ...]
-    """Ascending."""
+    """Ascending, NaN last. Zero is +0: the sum starts there, and no addition of other numbers to it gives -0."""
     low: float
     high: float
-    """No order leaves this interval: the extremes where ``exact``, else a bound from the roundings."""
+    """No order leaves this interval, but for NaN: the extremes where ``exact``, else a bound from the roundings."""
 
     def holds(self, y: float) -> bool:
-        """Whether an output can have come from some order."""
+        """Whether an output can have come from some order; -0 never can. NaN can where neither end of a bound is finite."""
+        if math.isnan(y):
+            return any(map(math.isnan, self.values)) if self.exact else math.isinf(self.low) and math.isinf(self.high)
+        if y == 0 and math.copysign(1, y) < 0:
+            return False
         return y in self.values if self.exact else self.low <= y <= self.high
 
 
@@ -61,32 +67,52 @@ def reachable(parts: Tensor, seed: int = 0, samples: int = 1000) -> Reachable:
         raise QlabError(f"parts must be fp16 or bf16 [P], not {parts.dtype} {list(parts.shape)}")
     parts, n = parts.detach().cpu(), len(parts)
     if n <= EXACT_ADDENDS:
-        results = _every(parts)
-        return Reachable(n, True, tuple(results), min(results), max(results))
+        results = _ascending(_every(parts))
+        numbers = [v for v in results if not math.isnan(v)] or [math.nan]
+        return Reachable(n, True, results, numbers[0], numbers[-1])
     order = np.random.default_rng(seed)
     permuted = torch.stack([parts[torch.from_numpy(order.permutation(n))] for _ in range(samples)])  # [S, P]
     total = torch.zeros(samples, dtype=parts.dtype)
     for i in range(n):
         total = total + permuted[:, i]
-    wide = parts.double()
-    positive, negative = float(wide.clamp(min=0).sum()), float(wide.clamp(max=0).sum())
-    # Every intermediate sum lies between the two, so each addition errs by half a last place there at most, to first order.
-    slack = n * torch.finfo(parts.dtype).eps / 2 * max(positive, -negative) * (1 + n * torch.finfo(parts.dtype).eps)
-    exact = float(wide.sum())
-    return Reachable(n, False, tuple(sorted({float(v) for v in total})), exact - slack, exact + slack)
+    return Reachable(n, False, _ascending(total), *_bounds(parts.double().tolist(), torch.finfo(parts.dtype)))
 
 
-def _every(parts: Tensor) -> list[float]:
-    """All results, by subsets of growing size: a state is (which parts are in, what their sum is)."""
-    n = len(parts)
-    states: NDArray[np.int64] = np.zeros(1, np.int64)  # subset << 16 | bits of the sum
-    for _ in range(n):
+def _bounds(parts: list[float], kind: torch.finfo) -> tuple[float, float]:
+    """With u half a last place of 1, an exact partial sum lies between the sums of the negative and of the positive parts.
+
+    If it is at most A, the n-th computed one errs by at most A * ((1 + u)^n - 1): each addition by u times what it gives.
+    """
+    if not all(map(math.isfinite, parts)):
+        return -math.inf, math.inf
+    least, most, exact = math.fsum(min(p, 0) for p in parts), math.fsum(max(p, 0) for p in parts), math.fsum(parts)
+    slack = max(most, -least) * math.expm1(len(parts) * math.log1p(kind.eps / 2)) * (1 + 1e-9)
+    low = -math.inf if least - slack < kind.min else exact - slack
+    return low, math.inf if most + slack > kind.max else exact + slack
+
+
+def _ascending(results: Tensor) -> tuple[float, ...]:
+    found = {float(v) for v in results.double().unique()}
+    return (*sorted(v for v in found if not math.isnan(v)), *[math.nan] * any(map(math.isnan, found)))
+
+
+def _every(parts: Tensor) -> Tensor:
+    """All results, by subsets of growing size: a state is (which parts are in, bits of their sum), 16 bits each."""
+    every_number = np.arange(1 << 16).astype(np.uint16)
+    tables = [_plus(every_number, p) for p in parts] if len(parts) > 10 else []  # there are more states than numbers then
+    states = np.zeros(1, np.uint32)
+    for _ in parts:
         grown = []
-        for i in range(n):
-            open_ = states[(states >> (16 + i)) & 1 == 0]
-            total = torch.from_numpy((open_ & 0xFFFF).astype(np.uint16).view(np.int16)).view(parts.dtype) + parts[i]
-            bits = total.view(torch.int16).numpy().view(np.uint16).astype(np.int64)
-            grown.append(((open_ >> 16) | (1 << i)) << 16 | bits)
-        states = np.unique(np.concatenate(grown))
-    last = torch.from_numpy((states & 0xFFFF).astype(np.uint16).view(np.int16)).view(parts.dtype)
-    return sorted({float(v) for v in last})
+        for i, part in enumerate(parts):
+            without = states[(states >> (16 + i)) & 1 == 0]
+            sums = without.astype(np.uint16)
+            total = tables[i][sums] if tables else _plus(sums, part)
+            grown.append((without & 0xFFFF0000) | np.uint32(1 << (16 + i)) | total)
+        states = np.sort(np.concatenate(grown))
+        states = states[np.append(True, states[1:] != states[:-1])]  # np.unique hashes, which takes longer
+    return values(states.astype(np.uint16), parts.dtype)
+
+
+def _plus(sums: Bits16, part: Tensor) -> Bits16:
+    total = values(sums, part.dtype) + part
+    return bits(torch.where(total.isnan(), math.nan, total))

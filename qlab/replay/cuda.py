@@ -55,12 +55,21 @@ def module() -> Any:
 
 
 def run(
-    program: Program, x: Tensor, w: Tensor, scales: Tensor, group: Tensor, bias: Tensor, *, dtype: torch.dtype | None = None
+    program: Program,
+    x: Tensor,
+    w: Tensor,
+    scales: Tensor,
+    group: Tensor,
+    bias: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    raw: bool = False,
 ) -> Tensor:
     """y [M, N] of a program for x [M, K], w [K, N], scales [G, N], int32 group [K] and bias [N], all on one GPU.
 
-    The operands are fp16 or bf16, or their bits as int16 or uint16 with ``dtype`` saying which of the two they are; y is as x.
-    Scales, group and bias may be empty where no step needs them. Outputs outside of the program's regions are zero.
+    The operands are fp16 or bf16, or their bits as int16 or uint16 with ``dtype`` saying which of the two they are; y is as x,
+    or with ``raw`` float32: what the programs leave, not rounded to the dtype of x. Scales, group and bias may be empty where
+    no step needs them. Outputs outside of the program's regions are zero.
     Raises UnsupportedError where the engine cannot run and QlabError for operands that do not fit the program.
     """
     engine = module()
@@ -74,10 +83,12 @@ def run(
     group = group.to(device=x.device, dtype=torch.int32).contiguous()
     _check_operands(program, k, n, scales, group, bias)
     with torch.cuda.device(x.device):
+        engine.set_device(x.device.index)
         plan = _plan(program, m, k, n, is_bf16)
-        y = (torch.empty if plan.covers else torch.zeros)((m, n), dtype=torch.int16, device=x.device)
-        addresses = [bits[0], bits[1], plan.part(plan.order), bits[2], group, bits[3]]
-        operands = engine.Operands(*(t.data_ptr() for t in addresses), k, n, is_bf16)
+        kind = torch.float32 if raw else torch.int16
+        y = (torch.empty if plan.covers else torch.zeros)((m, n), dtype=kind, device=x.device)
+        parts = [bits[0], bits[1], plan.part(plan.order), bits[2], group, bits[3]]
+        operands = engine.Operands(*(t.data_ptr() for t in parts), k, n, is_bf16)
         stream = torch.cuda.current_stream().cuda_stream
         results = torch.empty(max((b.results for b in plan.batches), default=0), dtype=torch.float32, device=x.device)
         for batch in plan.batches:
@@ -86,10 +97,9 @@ def run(
                 step = engine.StepRow(*launch.step)
                 engine.run_chains(launch.shape, operands, step, tiles.data_ptr(), launch.count, results.data_ptr(), stream)
             tiles, ops = plan.part(batch.join), plan.part(plan.ops)
-            engine.run_join(
-                operands, ops.data_ptr(), tiles.data_ptr(), batch.join_count, results.data_ptr(), y.data_ptr(), stream
-            )
-    return y.view(x.dtype)
+            addresses = (ops.data_ptr(), tiles.data_ptr(), batch.join_count, results.data_ptr(), y.data_ptr())
+            engine.run_join(operands, *addresses, raw, stream)
+    return y if raw else y.view(x.dtype)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ def mma(
     """
     _check(a, b, c, shape, accumulator, dtype)
     with torch.cuda.device(c.device):
+        cuda.module().set_device(c.device.index)
         a, b, c = a.contiguous(), b.contiguous(), c.contiguous()
         d = torch.empty_like(c)
         addresses = (a.data_ptr(), b.data_ptr(), c.data_ptr(), d.data_ptr())
@@ -54,6 +55,7 @@ def replayed(
     half, k = accumulator == "fp16", DEPTHS[shape]
     zero = step.zero_exponent_fp16 if half else step.zero_exponent
     with torch.cuda.device(c.device):
+        cuda.module().set_device(c.device.index)
         a, b, c = a.contiguous(), b.contiguous(), c.contiguous()
         d, count = torch.empty_like(c), torch.zeros(1, dtype=torch.int64, device=c.device)
         row = cuda.module().StepRow(0, step.fraction_bits, step.terms, zero, int(half))

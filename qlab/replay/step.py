@@ -119,7 +119,8 @@ def half_dot_add(a: Bits16, b: Bits16, c: Bits16, step: Step) -> Bits16:
     """
     narrow = replace(step, zero_exponent=step.zero_exponent_fp16)
     for k in range(0, a.shape[1], step.terms):
-        c = _chunk(a[:, k : k + step.terms], b[:, k : k + step.terms], c, narrow, torch.float16, torch.float16).astype(np.uint16)
+        x, y = a[:, k : k + step.terms], b[:, k : k + step.terms]
+        c = _chunk(x, y, c, narrow, torch.float16, torch.float16).astype(np.uint16)
     return c.copy()
 
 

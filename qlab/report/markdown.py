@@ -11,7 +11,7 @@ import typer
 from qlab.command import one_sentence
 from qlab.errors import QlabError
 from qlab.lab.results import TOTAL, LabResult
-from qlab.report.terminal import class_letters, number, share
+from qlab.report.terminal import class_letters, layer_names, number, share, short_kernel
 
 
 def kernel_table(r: LabResult) -> str:
@@ -23,8 +23,12 @@ def kernel_table(r: LabResult) -> str:
         if c.error is None:
             continue
         same = "-" if c.repeatable is None else "yes" if c.repeatable else f"no ({number(c.noise_floor or 0.0)})"
-        rows.append([f"`{key}`", number(c.error.relative_l2), f"{c.error.ulp_median:.2f}", same, letters.get(key, "")])
-    return table(["kernel", "relative L2 error", "median ULP", "repeats (noise floor)", "bitwise class"], rows)
+        off = "" if c.origin != "native" else "-" if c.replay_bits is None else str(c.replay_bits)
+        rows.append(
+            [f"`{key}`", c.origin, number(c.error.relative_l2), f"{c.error.ulp_median:.2f}", same, off, letters.get(key, "")]
+        )
+    header = ["kernel", "by", "relative L2 error", "median ULP", "repeats (noise floor)", "bits off its replay", "bitwise class"]
+    return table(header, rows)
 
 
 def pair_table(r: LabResult, keys: Sequence[str] = ()) -> str:
@@ -47,6 +51,21 @@ def pair_table(r: LabResult, keys: Sequence[str] = ()) -> str:
         ]
         rows.append([f"`{chosen[i]}`", *entries])
     return table(["", *(f"`{k}`" for k in chosen)], rows)
+
+
+def against_table(r: LabResult) -> str:
+    """The asked GPU beside another: outputs and bits that differ, per kernel and per vLLM label."""
+    if r.against is None:
+        raise QlabError("the result was made with --against none: it holds no other GPU")
+    asked, other = r.hardware.asked, r.against.gpu
+    layers = [name for name in r.layers() if name != TOTAL]
+    rows = []
+    for row in r.against.rows:
+        here, there = (short_kernel(k) for k in (row.kernel, row.other_kernel))
+        order = f"{here} on {asked}, {there} on {other}" if here != there else layer_names(row.other_order, layers)
+        figures = [share(row.differing / row.outputs), str(row.bits), number(row.relative_l2)] if row.outputs else ["-"] * 3
+        rows.append([f"`{row.key}`", *figures, row.reason or order])
+    return table(["kernel or label", "outputs that differ", "bits", "relative L2", "other order of summation on"], rows)
 
 
 def caption(r: LabResult) -> str:
@@ -77,6 +96,8 @@ def main(
     r = LabResult.read(result)
     keys = [k.strip() for k in pairs.split(",") if k.strip()]
     print(f"{caption(r)}\n\n{kernel_table(r)}\n\n{pair_table(r, keys)}")
+    if r.against:
+        print(f"\n{against_table(r)}")
 
 
 if __name__ == "__main__":

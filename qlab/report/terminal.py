@@ -192,7 +192,7 @@ def against_table(r: LabResult) -> Titled:
         if row.reason:
             reasons.setdefault(row.reason, []).append(row.key)
             continue
-        where = _layers(row.other_order, layers)
+        where = layer_names(row.other_order, layers)
         if row.kernel != row.other_kernel:
             where = f"{short_kernel(row.kernel)} here, {short_kernel(row.other_kernel)} on {r.against.gpu}"
         t.row(row.key, share(row.differing / row.outputs), str(row.bits), number(row.relative_l2), where)
@@ -201,7 +201,7 @@ def against_table(r: LabResult) -> Titled:
     return t
 
 
-def _layers(some: tuple[str, ...], every: list[str]) -> str:
+def layer_names(some: tuple[str, ...], every: list[str]) -> str:
     """Layer names in short: their kinds where every block's is among them."""
     if not some:
         return "none"

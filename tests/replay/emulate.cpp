@@ -130,8 +130,8 @@ void chains(int shape, const Problem* p, const Rule* rule, const ChainTile* tile
     std::fesetround(FE_TONEAREST);
 }
 
-void join(const Problem* p, const OpRow* ops, const JoinTile* tiles, int count, const float* results, std::uint16_t* y) {
-    launch(count, kPlainColumns, [&] { join_chains(*p, ops, tiles, results, y); });
+void join(const Problem* p, const OpRow* ops, const JoinTile* tiles, int count, const float* results, void* y, int raw) {
+    launch(count, kPlainColumns, [&] { join_chains(*p, ops, tiles, results, y, raw); });
     std::fesetround(FE_TONEAREST);
 }
 
@@ -169,7 +169,7 @@ void add_pairs(const float* a, const float* b, float* out, long count, int type)
 
 void fma_halves(const std::uint16_t* a, const std::uint16_t* b, const std::uint16_t* c, std::uint16_t* out, long count) {
     for (long i = 0; i < count; ++i)
-        out[i] = output_bits(fma_half(half_to_float(a[i]), half_to_float(b[i]), half_to_float(c[i])), false);
+        out[i] = output_bits(fma_half(half_to_float(a[i]), half_to_float(b[i]), half_to_float(c[i]), false), false);
     std::fesetround(FE_TONEAREST);
 }
 

@@ -77,15 +77,16 @@ def run(
     bias: Bits16,
     bf16: bool,
     sms: int = 1,
-) -> Bits16:
-    """What qlab.replay.cuda.run does, kernel by kernel on the CPU."""
+    raw: bool = False,
+) -> NDArray[np.unsignedinteger]:
+    """What qlab.replay.cuda.run does, kernel by kernel on the CPU; bits of the outputs, or of fp32 values with ``raw``."""
     (m, k), n = x.shape, w.shape[1]
     cuda.check_program(program, m, k, n)
     rules = [Rule.of(s[:5]) for s in program.steps]
     fast = [bool(library.is_fast(ctypes.byref(r), bf16)) for r in rules]
     flat, batches = cuda.lay_out(program, tiles(library), fast, sms)
     data = np.concatenate([program.order.ravel(), program.ops.ravel(), flat])
-    y = np.zeros((m, n), np.uint16)
+    y = np.zeros((m, n), np.uint32 if raw else np.uint16)
     problem = Problem(pointer(x), pointer(w), pointer(data), pointer(scales), pointer(group), pointer(bias), k, n, bf16)
     ops = data[program.order.size :]
     for batch in batches:
@@ -95,9 +96,8 @@ def run(
             library.chains(
                 launch.shape, ctypes.byref(problem), ctypes.byref(rule), pointers(own), launch.count, pointers(results)
             )
-        library.join(
-            ctypes.byref(problem), pointers(ops), pointers(data[batch.join]), batch.join_count, pointers(results), pointers(y)
-        )
+        arrays = (pointers(ops), pointers(data[batch.join]), batch.join_count, pointers(results), pointers(y))
+        library.join(ctypes.byref(problem), *arrays, int(raw))
     return y
 
 

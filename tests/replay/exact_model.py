@@ -175,7 +175,8 @@ class Element:
         raise AssertionError(node)
 
     def chain(self, node: Chain) -> Number:
-        k, step, total = unfold(node.walk).tolist(), node.step, ZERO
+        k, step = unfold(node.walk).tolist(), node.step
+        total: Number = ZERO
         for i in range(0, len(k), step.terms):
             x, w = ([v[j] for j in k[i : i + step.terms]] for v in (self.x, self.w))
             match step:

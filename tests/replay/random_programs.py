@@ -63,8 +63,11 @@ def random_bits(shape: tuple[int, ...], bf16: bool, kind: str, rng: np.random.Ge
     return bits
 
 
-def random_case(seed: int) -> Case:
-    """A program whose regions split the output in up to four, each with up to five chains over slices of shuffled k."""
+def random_case(seed: int, raw: bool = False) -> Case:
+    """A program whose regions split the output in up to four, each with up to five chains over slices of shuffled k.
+
+    ``raw``: sums are joined in fp32 and left so, which shows every bit of the chains.
+    """
     rng = np.random.default_rng(seed)
     bf16, kind = bool(rng.integers(2)), KINDS[rng.integers(len(KINDS))]
     m, n, k = (int(rng.choice(sizes)) for sizes in (ROWS, COLUMNS, DEPTHS))
@@ -76,7 +79,7 @@ def random_case(seed: int) -> Case:
     for m0, m1 in pairwise(rows):
         for n0, n1 in pairwise(columns):
             start = len(ops)
-            ops += _region(steps, 3 * k, 2 if bf16 else 1, rng)
+            ops += _region(steps, 3 * k, (2 if bf16 else 1) * (not raw), rng)
             regions.append((m0, m1, n0, n1, start, len(ops)))
     program = Program(
         np.concatenate([rng.permutation(k) for _ in range(3)]).astype(np.int32),
@@ -108,6 +111,8 @@ def _region(steps: list[tuple[int, ...]], length: int, own: int, rng: np.random.
         ops.append((int(Op.CHAIN), step, start, start + taken))
         depth += 1
     ops += [add() for _ in range(depth - 1)]
+    if own == 0:
+        return ops
     ops.append((int(Op.ROUND), own, 0, 0))
     last = int(rng.integers(4))
     return [*ops, *([(int(Op.ROUND) + last, own, 0, 0)] if last else [])]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qlab.hardware import GPUS, Gpu
-from qlab.replay.step import fused_dot_add, half_dot_add, native_reason
+from qlab.replay.step import Engine, fused_dot_add, half_dot_add, native_reason
 
 F16, BF16 = torch.float16, torch.bfloat16
 K, ROWS = 32, 1500
@@ -23,13 +23,13 @@ ARCHITECTURES = {
     (10, 0): ("Blackwell", "m16n8k16"),
 }
 ONE_OF_EACH = list({ARCHITECTURES[g.capability][0]: g for g in GPUS}.values())
-ENGINES = ["numpy", *([] if native_reason() else ["native"])]
+ENGINES: list[Engine] = ["numpy"] if native_reason() else ["numpy", "native"]
 
 
 @pytest.fixture(scope="module")
 def mmasim() -> Any:
     try:  # its import compiles a few lines of C++
-        return pytest.importorskip("mmasim.nv_ptx", reason="mmasim is not installed: pip install mmasim", exc_type=ImportError)
+        return pytest.importorskip("mmasim.nv_ptx", reason="mmasim is not installed: see qlab[test]", exc_type=ImportError)
     except (OSError, RuntimeError) as e:
         pytest.skip(f"mmasim cannot be imported here: {str(e).splitlines()[0]}")
 
@@ -121,11 +121,11 @@ def test_newer_instructions_compute_the_same(mmasim: Any, key: str, kind: str, d
 def test_a_wrong_step_would_show(mmasim: Any) -> None:
     """Each GPU's rule against every other rule."""
     a, b, c = rows(F16, torch.float32, "near")
-    *h, ch = rows(F16, F16, "near")
+    x, y, z = rows(F16, F16, "near")
     steps = {g.step: (g, *ARCHITECTURES[g.capability]) for g in GPUS}
     for step, (_, architecture, shape) in steps.items():
         wide = expected(mmasim.MMA(architecture, f"{shape}.f32.f16.f16.f32"), a, b, c, F16, torch.float32)
-        narrow = expected(mmasim.MMA(architecture, f"{shape}.f16.f16.f16.f16"), *h, ch, F16, F16)
+        narrow = expected(mmasim.MMA(architecture, f"{shape}.f16.f16.f16.f16"), x, y, z, F16, F16)
         for other in steps:
             assert ((fused_dot_add(a, b, c, other) != wide).mean() > 0.1) == (other != step)
-            assert ((half_dot_add(*h, ch, other) != narrow).mean() > 0.001) == (other != step)
+            assert ((half_dot_add(x, y, z, other) != narrow).mean() > 0.001) == (other != step)

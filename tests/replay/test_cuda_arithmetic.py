@@ -16,7 +16,7 @@ from qlab.replay import cuda, native
 from qlab.replay.step import Bits16, fused_dot_add, half_dot_add
 from qlab.weights import round_once
 from tests.replay import emulated
-from tests.replay.random_programs import random_case
+from tests.replay.random_programs import Case, random_case
 
 F16, BF16 = torch.float16, torch.bfloat16
 ROWS = 25_000
@@ -159,14 +159,22 @@ def same(got: NDArray[np.float32], want: NDArray[np.float32]) -> None:
     assert np.array_equal(got.view(np.uint32), np.where(np.isnan(want), np.uint32(0x7FFFFFFF), want.view(np.uint32)))
 
 
+def native_outputs(case: Case, raw: bool) -> NDArray[np.unsignedinteger]:
+    if not raw:
+        return native.run(case.program, *case.operands, bf16=case.bf16)
+    y, p = np.zeros((case.x.shape[0], case.w.shape[1]), np.uint32), case.program
+    native.execute(*case.operands, p.order, p.steps, p.ops, p.regions, case.bf16, y)
+    return y
+
+
 @needs_native
+@pytest.mark.parametrize("raw", [False, True], ids=["outputs", "fp32 values"])
 @pytest.mark.parametrize("sms", [1, 1000], ids=["large tiles", "small tiles"])
-def test_emulated_kernels_agree_with_the_native_engine(device_code: ctypes.CDLL, sms: int) -> None:
+def test_emulated_kernels_agree_with_the_native_engine(device_code: ctypes.CDLL, sms: int, raw: bool) -> None:
     outputs = 0
-    for seed in range(150):
-        case = random_case(seed)
-        got = emulated.run(device_code, case.program, *case.operands, case.bf16, sms)
-        want = native.run(case.program, *case.operands, bf16=case.bf16)
+    for seed in range(120):
+        case = random_case(seed, raw)
+        got, want = emulated.run(device_code, case.program, *case.operands, case.bf16, sms, raw), native_outputs(case, raw)
         assert np.array_equal(got, want), f"seed {seed}: {int((got != want).sum())} of {want.size} differ"
         outputs += want.size
     assert outputs > 200_000
@@ -186,12 +194,12 @@ def test_emulated_batches(device_code: ctypes.CDLL, monkeypatch: pytest.MonkeyPa
 @needs_native
 def test_a_planted_fault_shows(device_code: ctypes.CDLL) -> None:
     caught = 0
-    for case in map(random_case, range(20)):
+    for case in (random_case(seed, raw=True) for seed in range(20)):
         steps = case.program.steps.copy()
         steps[steps[:, 0] == 0, 1] -= 1
-        got = emulated.run(device_code, replace(case.program, steps=steps), *case.operands, case.bf16)
-        caught += not np.array_equal(got, native.run(case.program, *case.operands, bf16=case.bf16))
-    assert caught > 5
+        got = emulated.run(device_code, replace(case.program, steps=steps), *case.operands, case.bf16, raw=True)
+        caught += not np.array_equal(got, native_outputs(case, True))
+    assert caught > 12
 
 
 def test_shapes_of_the_emulation_are_the_engines(device_code: ctypes.CDLL) -> None:

@@ -276,7 +276,7 @@ def test_sorted_rows_keep_the_order_within_a_group() -> None:
     g = torch.Generator().manual_seed(0)
     shuffled = replace(w, group_index=w.group_index[torch.randperm(64, generator=g)])
     tile = Tile((0, 3), (0, 32), chain(Fma("fp16"), range(64)))
-    natural, by_group = (Recipe.of(3, 64, 32, "fp16", [tile], rows=rows) for rows in ("natural", "sorted"))  # type: ignore[arg-type]
+    natural, by_group = (Recipe.of(3, 64, 32, "fp16", [tile], rows=rows) for rows in ("natural", "sorted"))
     order = row_order(by_group, shuffled)
     assert order is not None
     assert row_order(natural, shuffled) is None
