@@ -73,7 +73,7 @@ def test_inputs_are_those_that_the_kernels_had(recorded: tuple[Golden, Bits]) ->
 @needs_golden
 def test_the_recording_holds_every_kernel_whose_bits_a_recipe_claims(recorded: tuple[Golden, Bits]) -> None:
     claimed = {k.name for k in kernels() if k.name in builders()} - {"vllm.awq_dequantize", "triton.awq_dequantize"}
-    counts = {name: 0 for name in claimed}
+    counts = dict.fromkeys(claimed, 0)
     for p in recorded[0].problems:
         for r in p.records:
             counts[r.kernel] += 1
