@@ -8,7 +8,6 @@ and leave small ones, which each partial sum rounds as it meets the large ones.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -173,9 +172,8 @@ def not_modelled(kernel: str, trial: Trial, recipe: Recipe) -> str:
 
 
 def possible(y: float, parts: Tensor) -> bool:
-    """Whether some order of adding ``parts`` [P] gives y; a NaN where some order gives one."""
-    found = reachable(parts)
-    return found.holds(y) or (math.isnan(y) and any(math.isnan(v) for v in found.values))
+    """Whether some order of adding ``parts`` [P] gives y."""
+    return reachable(parts).holds(y)
 
 
 def call(kernel: Kernel, packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -115,8 +115,6 @@ def load(folder: Path) -> tuple[Golden, Bits]:
 
 def save(folder: Path, golden: Golden, stored: Bits) -> Golden:
     """Both files, the npz first; the digest of the npz is put into the JSON."""
-    from dataclasses import replace
-
     buffer = io.BytesIO()
     np.savez_compressed(buffer, bits=stored)
     golden = replace(golden, npz_sha256=hashlib.sha256(buffer.getvalue()).hexdigest())
@@ -219,7 +217,11 @@ def main() -> int:
     recorder = Recorder(gpu, torch.device("cuda"), kernels())
     todo = plan()[: options.limit]
     for i, planned in enumerate(todo):
-        recorder.run(planned)
+        try:
+            recorder.run(planned)
+        except QlabError as dead:  # the GPU no longer answers; what was recorded is kept
+            recorder.failed.append(str(dead))
+            break
         if i % 10 == 0 or i + 1 == len(todo):
             passed = time.monotonic() - recorder.start
             print(f"[{passed:6.1f} s] {i + 1}/{len(todo)} {planned.why}: {planned.trial}", flush=True)

@@ -40,19 +40,19 @@ struct Chain {
     std::int64_t sum_stride;
 };
 
-// Decoded operands of one step. Transposed x (by rows) lets one pass over its rows judge all of them.
+// Decoded operands of one step, and what is known of them. x is transposed, so that one pass over its rows judges all of them.
 struct alignas(64) ChainScratch {
-    float x[kMaxStep * kMaxRows];             // [k, rows]
-    float w[kMaxStep * kBlock];               // [k, columns]
-    float scale[kBlock];                      // one row of scales
+    float x[kMaxStep * kMaxRows];  // [k, rows]
+    float w[kMaxStep * kBlock];    // [k, columns]
+    float scale[kBlock];           // one row of scales
     std::uint8_t x_exponent[kMaxStep * kMaxRows];
     std::uint8_t w_exponent[kMaxStep * kBlock];
-    std::uint8_t top[kMaxRows * kBlock];
+    std::uint8_t top[kMaxRows * kBlock];  // largest exponents, [rows, columns]
     std::uint16_t x_bits[kMaxStep * kMaxRows];
     std::uint16_t w_bits[kBlock];  // a block's row, where the matrix does not fill it
     std::uint16_t excess[kMaxRows];
     std::uint8_t low[kMaxRows], high[kMaxRows];
-    std::uint8_t doubtful[kMaxRows * (kMaxColumns / kBlock)];
+    std::uint8_t doubtful[kMaxRows * (kMaxColumns / kBlock)];  // accumulators to be looked at before the vector loops go on
 };
 
 struct Isa {

@@ -44,7 +44,7 @@ struct Avx512 : Lanes {
     static F fma_exact_product(F a, F b, F c) { return fma(a, b, c); }
     static F round_half(F x) { return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
     static F half_fma(F a, F b, F c) {
-        // Of the two neighbours of an inexact sum one is odd; an exact sum is both, but for the sign of a zero, where up is right.
+        // Of the two neighbours of an inexact sum one is odd; an exact sum is both, but for a zero's sign, where up is right.
         const __m512 p = a * b;
         const __m512 down = _mm512_add_round_ps(p, c, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
         const __m512 up = _mm512_add_round_ps(p, c, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);

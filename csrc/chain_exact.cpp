@@ -78,8 +78,8 @@ void chunk_of(const Chain& c, const std::int32_t* k, int row, int column, int co
     }
 }
 
-// RN16(x * w + c). The product of two bf16 or fp16 is exact in a double, and where the sum is not, the smaller term is too small
-// to decide a tie of fp16.
+// RN16(x * w + c). The product of two bf16 or fp16 is exact in a double, and where the sum is not, the smaller term is too
+// small to decide a tie of fp16.
 double half_fma(float x, float w, double c) { return nearest(static_cast<double>(x) * static_cast<double>(w) + c, Type::fp16); }
 
 template <class Input>

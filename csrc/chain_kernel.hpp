@@ -4,14 +4,14 @@
 //   * The product of two operands is exact in fp32, and multiplying it by a power of two, 2^(F - e_max), leaves it exact; the
 //     conversion to an integer then truncates it toward zero, at the bit where the tensor core cuts, sign and all. So does the
 //     accumulator's.
-//   * e_max needs the exponents as they are decoded, apart from the products. They are kept as bytes, which hold 4 times as many
-//     columns: exponent + 153, and 0 for a zero. w's byte minus (179 - x's byte) is the product's exponent as fp32 has it, and
-//     0, below all others, where either operand is zero.
+//   * e_max needs the exponents as they are decoded, apart from the products. They are kept as bytes, which hold 4 times as
+//     many columns: exponent + 153, and 0 for a zero. w's byte minus (179 - x's byte) is the product's exponent as fp32 has it,
+//     and 0, below all others, where either operand is zero.
 //   * The sum, an integer, is converted to fp32 toward zero and multiplied by 2^(e_max - F).
 // This holds while nothing leaves the ranges of fp32, int32 and the bytes. fp16 operands cannot, but for infinities and NaN;
-// bf16 operands are judged for each step and row (Range), and what is out of range takes the exact way. Below the floor of e_max
-// that fp32 asks for, 2^(F - 126), nothing is cut: all terms are then multiples of 2^-126. A zero term's exponent lies below the
-// floor too, so that it does not matter.
+// bf16 operands are judged for each step and row (Range), and what is out of range takes the exact way. Below the floor of
+// e_max that fp32 asks for, 2^(F - 126), nothing is cut: all terms are then multiples of 2^-126. A zero term's exponent lies
+// below the floor too, so that it does not matter.
 #pragma once
 
 #include "chain.hpp"
@@ -20,10 +20,10 @@
 namespace qlab {
 namespace {
 
-inline constexpr int kByteBias = 153;        // of an operand's exponent as a byte
-inline constexpr int kByteSum = 179;         // 153 + 26: an exponent of 26 is the largest
-inline constexpr int kLowestSum = 194;       // of two bytes: exponents that sum to -112, the last bit of bf16's product 2^-126
-inline constexpr int kAhead = 32;            // k between the row of w that is decoded and the one that is fetched
+inline constexpr int kByteBias = 153;   // of an operand's exponent as a byte
+inline constexpr int kByteSum = 179;    // 153 + 26: an exponent of 26 is the largest
+inline constexpr int kLowestSum = 194;  // of two bytes: exponents that sum to -112, the last bit of bf16's product 2^-126
+inline constexpr int kAhead = 32;       // k between the row of w that is decoded and the one that is fetched
 
 // Operands of one step: 64-lane blocks of bits to fp32 and to exponents as bytes.
 template <class V, bool bf16>
@@ -142,7 +142,7 @@ inline __attribute__((always_inline)) void fused_sum(int fraction_bits, int term
         for (int j = 0; j < terms; ++j) {
             const F x = V::splat(s.x[j * rows + r]);
 #pragma GCC unroll 4
-            for (int v = 0; v < 4; ++v)
+            for (int v = 0; v < 4; ++v)  // x * w first: w * scale could leave fp32
                 total[v] += V::truncate(V::template load<F>(s.w + j * kBlock + n + v * V::width) * x * scale[v]);
         }
 #pragma GCC unroll 4
@@ -177,7 +177,8 @@ void tensor_core(const Chain& c, ChainScratch& s) {
     const ChainStep& step = c.step;
     const int terms = step.terms, limit = bf16 ? kByteSum : kByteBias + 15;
     // In units of 2^F, a sum is less than twice that of x's significands, as w's are below 2, and the accumulator less than 2.
-    // Together they stay below 2^31 when x's add up to 2^(30 - F) - 1 at most: `spare` is what they may exceed 1 by, in last bits.
+    // Together they stay below 2^31 when x's add up to 2^(30 - F) - 1 at most: `spare` is what they may exceed 1 by together,
+    // in units of their last bit.
     const int one = bf16 ? 128 : 1024;
     const std::int64_t spare = ((std::int64_t{1} << (30 - step.fraction_bits)) - 1 - terms) * one;
     const bool may_be_wide = terms * one > spare;

@@ -1,6 +1,6 @@
-// Vectors of QLAB_LANES fp32 lanes in the compilers' own vector types, and the roundings that replaying needs. An instruction set takes
-// this as it is and replaces what it has one instruction for. Everything here is exact IEEE arithmetic in the default rounding
-// mode, so all instruction sets give the same bits.
+// Vectors of QLAB_LANES fp32 lanes in the compilers' own vector types, and the roundings that replaying needs. An instruction
+// set takes this as it is and replaces what it has one instruction for. Everything here is IEEE arithmetic in the default
+// rounding mode, so all instruction sets give the same bits.
 //
 // Each chain_*.cpp has this header to itself: hence the unnamed namespace, without which the linker could keep one copy of a
 // function for all of them, compiled for the newest instruction set.

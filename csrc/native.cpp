@@ -79,7 +79,8 @@ const qlab::Isa& choose(const std::string& name) {
 }
 
 void execute(const Bits16& x, const Bits16& w, const Bits16& scales, const Int32& group, const Bits16& bias, const Int32& order,
-             const Int32& steps, const Int32& ops, const Int32& regions, bool bf16, py::array& y, int threads, const std::string& isa) {
+             const Int32& steps, const Int32& ops, const Int32& regions, bool bf16, py::array& y, int threads,
+             const std::string& isa) {
     namespace replay = qlab::replay;
     const auto table = [](const Int32& a, int columns) { return a.ndim() == 2 && a.shape(1) == columns; };
     const bool fp32 = py::isinstance<Bits32>(y);
@@ -96,11 +97,18 @@ void execute(const Bits16& x, const Bits16& w, const Bits16& scales, const Int32
         !table(regions, replay::kRegionColumns))
         throw std::invalid_argument("order must be [T], steps [S, 6], ops [P, 4] and regions [R, 6]");
 
-    const replay::Program program{x.shape(0), x.shape(1), w.shape(1), scales.shape(0), order.shape(0), steps.shape(0), ops.shape(0),
-                                  regions.shape(0), bf16, group.size() != 0, bias.size() != 0, x.data(), w.data(), scales.data(),
-                                  bias.data(), group.data(), order.data(), steps.data(), ops.data(), regions.data(),
-                                  fp32 ? nullptr : static_cast<std::uint16_t*>(y.mutable_data()),
-                                  fp32 ? static_cast<std::uint32_t*>(y.mutable_data()) : nullptr};
+    replay::Program program{};
+    program.M = x.shape(0), program.K = x.shape(1), program.N = w.shape(1), program.G = scales.shape(0);
+    program.order_length = order.shape(0), program.step_count = steps.shape(0);
+    program.op_count = ops.shape(0), program.region_count = regions.shape(0);
+    program.bf16 = bf16, program.has_group = group.size() != 0, program.has_bias = bias.size() != 0;
+    program.x = x.data(), program.w = w.data(), program.scales = scales.data(), program.bias = bias.data();
+    program.group = group.data(), program.order = order.data(), program.steps = steps.data();
+    program.ops = ops.data(), program.regions = regions.data();
+    if (fp32)
+        program.y_fp32 = static_cast<std::uint32_t*>(y.mutable_data());
+    else
+        program.y = static_cast<std::uint16_t*>(y.mutable_data());
     const qlab::Isa& chosen = choose(isa);
     const py::gil_scoped_release release;
     const int depth = replay::Checker(program).run();
@@ -120,7 +128,7 @@ PYBIND11_MODULE(_native, m) {
           py::arg("group").noconvert(), py::arg("bias").noconvert(), py::arg("order").noconvert(), py::arg("steps").noconvert(),
           py::arg("ops").noconvert(), py::arg("regions").noconvert(), py::arg("bf16"), py::arg("y").noconvert(),
           py::arg("threads") = 0, py::arg("isa") = "auto",
-          "Runs a replay program (qlab/replay/program.py) and writes the bits of its regions into y [M, N]: uint16, of x's type, "
-          "or uint32, of fp32 and not rounded. threads 0: all processors; "
+          "Runs a replay program (qlab/replay/program.py) and writes the bits of its regions into y [M, N]: uint16, of x's "
+          "type, or uint32, of fp32 and not rounded. threads 0: all processors; "
           "isa: auto, portable, avx2 or avx512. Any of them gives the same bits. Raises ValueError for a malformed program.");
 }

@@ -5,10 +5,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <exception>
 #include <memory>
-#include <stdexcept>
-#include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -38,6 +38,19 @@ struct Program {
         const int terms = kind == StepKind::tensor_core ? s[2] : kind == StepKind::fma ? 1 : s[5];
         return {kind, s[1], terms, s[3], s[4] == 1};
     }
+};
+
+// IEEE arithmetic, to nearest and with subnormals, while it lives: the caller may have set the processor to flush them.
+class DefaultArithmetic {
+public:
+    DefaultArithmetic() {
+        std::fegetenv(&before_);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    ~DefaultArithmetic() { std::fesetenv(&before_); }
+
+private:
+    std::fenv_t before_;
 };
 
 struct alignas(64) CacheLine {
@@ -171,6 +184,7 @@ inline void execute(const Program& program, const Isa& isa, int threads, int dep
     std::vector<std::exception_ptr> failed(threads);
     const auto work = [&](int thread) {
         try {
+            const DefaultArithmetic arithmetic;
             Worker worker(program, isa, depth, kElements);
             for (std::size_t i = next++; i < todo.size(); i = next++) worker.run(todo[i]);
         } catch (...) {
@@ -178,7 +192,11 @@ inline void execute(const Program& program, const Isa& isa, int threads, int dep
         }
     };
     std::vector<std::thread> pool;
-    for (int i = 1; i < threads; ++i) pool.emplace_back(work, i);
+    try {
+        for (int i = 1; i < threads; ++i) pool.emplace_back(work, i);
+    } catch (const std::system_error&) {
+        // The system gives no more threads; those that there are do the work.
+    }
     work(0);
     for (std::thread& t : pool) t.join();
     for (const std::exception_ptr& e : failed)

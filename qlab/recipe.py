@@ -212,7 +212,7 @@ def join(parts: Sequence[Node], type: Type = "fp32") -> Node:
     """A left fold in normal form: one part is itself, each addition commutes, a leading join of the same type is flattened."""
     total, *rest = _addends(parts, type)
     for part in rest:
-        # a + b = b + a: a join goes first, so that it can be flattened; of two, the one of more parts; at a tie the smaller text.
+        # a + b = b + a: a join goes first, so that it can be flattened; of two the longer one; then the smaller text.
         leads = [len(n.parts) if isinstance(n, Join) and n.type == type else 0 for n in (total, part)]
         if leads[1] > leads[0] or (leads[1] == leads[0] and key(part) < key(total)):
             total, part = part, total

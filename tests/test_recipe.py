@@ -113,6 +113,7 @@ def test_order_inside_a_fused_sum_does_not_count() -> None:
     assert chain(MMA, k.ravel()) != chain(MMA, k[::-1].ravel())
     for step in (FMA, HALF_FMA, HalfDot()):
         assert chain(step, k.ravel()) != chain(step, shuffled.ravel())
+    assert chain(HalfDot(), range(8)) != chain(HalfDot(), [2, 1, 0, 3, 4, 5, 6, 7])
     # A sum of 16 and two sums of 8 differ, even over the same k.
     two = TensorCore(MMA.fraction_bits, 8, MMA.zero_exponent)
     assert key(chain(MMA, k.ravel())) != key(chain(two, k.ravel()))

@@ -105,5 +105,3 @@ def version(kernel: Kernel, *, native: bool) -> str:
     if kernel.name not in builders():
         return ""
     return f"recipe of triton {DEFAULT.triton}" if isinstance(kernel, TritonKernel) else f"recipe of vLLM {DEFAULT.vllm}"
-
-

@@ -6,6 +6,7 @@ GPU's arithmetic on a GPU, in integers. None of them uses the arithmetic of a te
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal
 
@@ -45,6 +46,8 @@ def replay(
     if order is not None:
         x = x[:, order.to(x.device)]
     if name == "reference":
+        if not recipe.ordered:
+            raise UnsupportedError("the reference engine replays no order of atomics: take native or cuda with a seed")
         o = operands(recipe, weight, order=order, bias=bias)
         return values(reference.run(recipe, bits(x), o), x.dtype).to(x.device)
     if name == "cuda" and not x.is_cuda:
@@ -69,7 +72,7 @@ def choose(x: Tensor) -> Engine:
 
 def missing(engine: Engine) -> str:
     """Why an engine cannot run here; empty when it can."""
-    reasons = {"cuda": cuda.reason, "native": native.reason, "reference": str}
+    reasons: dict[str, Callable[[], str]] = {"cuda": cuda.reason, "native": native.reason, "reference": str}
     if engine not in reasons:
         raise QlabError(f"unknown engine {engine!r}; known: auto, {', '.join(reasons)}")
     return reasons[engine]()

@@ -27,7 +27,15 @@ def kernel_table(r: LabResult) -> str:
         rows.append(
             [f"`{key}`", c.origin, number(c.error.relative_l2), f"{c.error.ulp_median:.2f}", same, off, letters.get(key, "")]
         )
-    header = ["kernel", "by", "relative L2 error", "median ULP", "repeats (noise floor)", "bits off its replay", "bitwise class"]
+    header = [
+        "kernel",
+        "by",
+        "relative L2 error",
+        "median ULP",
+        "repeats (noise floor)",
+        "bits off its replay",
+        "bitwise class",
+    ]
     return table(header, rows)
 
 

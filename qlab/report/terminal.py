@@ -197,7 +197,13 @@ def against_table(r: LabResult) -> Titled:
             where = f"{short_kernel(row.kernel)} here, {short_kernel(row.other_kernel)} on {r.against.gpu}"
         t.row(row.key, share(row.differing / row.outputs), str(row.bits), number(row.relative_l2), where)
     for reason, keys in reasons.items():
-        t.row("1 not compared" if len(keys) == 1 else f"{len(keys)} not compared", "-", "-", "-", escape(f"{reason}: {', '.join(keys)}"))
+        t.row(
+            "1 not compared" if len(keys) == 1 else f"{len(keys)} not compared",
+            "-",
+            "-",
+            "-",
+            escape(f"{reason}: {', '.join(keys)}"),
+        )
     return t
 
 

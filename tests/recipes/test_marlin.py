@@ -92,8 +92,9 @@ def simulate(launch: Launch, n: int, k: int, group_size: int, sms: int) -> dict[
 def test_pieces_are_those_of_the_simulated_blocks() -> None:
     rng = random.Random(1)
     cut = 0
-    for _ in range(150):
-        p, sms = random_problem(rng)
+    # A third of the SMs left over, and one tile more: where the stripes take a whole round of tiles back in.
+    thirds = [(replace(PROBLEM, N=128 * tiles), 132) for tiles in (132 + 44, 132 + 45, 132, 264)]
+    for p, sms in (*thirds, *(random_problem(rng) for _ in range(150))):
         group_size = 0 if p.group_size == p.K else p.group_size
         for launch in launches(p.M, p.N, p.K, sms):
             column_tiles = p.N // launch.config.thread_n
@@ -191,6 +192,8 @@ def test_launches_of_300_rows() -> None:
 def test_tiles_follow_what_divides() -> None:
     assert next(launches(1, 4096, 4096 + 64, 108)).config == Config(64, 128)
     assert next(launches(1, 64, 4096, 108)).config == Config(128, 64)
+    assert next(launches(1, 33 * 128, 4096, 132)).config == Config(128, 64)  # 4 * 33 tiles of 128 columns: not more than 132
+    assert next(launches(1, 34 * 128, 4096, 132)).config == Config(128, 128)
     assert next(launches(64, 128, 4096 + 64, 108)).config == Config(64, 128)
     with pytest.raises(ValueError, match="Marlin has no tile for K=96, N=64"):
         list(launches(1, 64, 96, 108))

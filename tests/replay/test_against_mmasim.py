@@ -39,11 +39,16 @@ def test_every_gpu_has_an_architecture() -> None:
 
 
 def random_bits(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> np.ndarray:
-    """``near``: exponents near 1; else any exponent up to a largest of each row's own; ``any`` with infinities and NaN, too."""
+    """Exponents near 1 (``near``; ``ties`` with few significant bits), or any up to a largest of each row's own.
+
+    ``any`` has infinities and NaN, too.
+    """
     width, fraction_bits, offset = {F16: (16, 10, 15), BF16: (16, 7, 127), torch.float32: (32, 23, 127)}[dtype]
     fraction, sign = rng.integers(0, 1 << fraction_bits, shape), rng.integers(0, 2, shape) << (width - 1)
     largest = rng.integers(1, 2 * offset + 1, (shape[0], *[1] * (len(shape) - 1)))
-    field = rng.integers(offset - 3, offset + 2, shape) if kind == "near" else rng.integers(0, largest + 1, shape)
+    field = rng.integers(offset - 3, offset + 2, shape) if kind in ("near", "ties") else rng.integers(0, largest + 1, shape)
+    if kind == "ties":
+        fraction &= -1 << (fraction_bits - 2)
     field[rng.random(shape) < 0.05] = 0  # subnormal
     zero = rng.random(shape) < 0.05
     field[zero], fraction[zero] = 0, 0
@@ -80,7 +85,14 @@ def telling(d: np.ndarray) -> bool:
     return len(np.unique(d)) > ROWS // 4
 
 
-@pytest.mark.parametrize("kind", ["any", "finite", "near"])
+def powers(*exponents: int, dtype: torch.dtype, factors: tuple[int, ...] = ()) -> np.ndarray:
+    """uint16 [1, K]: 2^e for each, times its factor, then zeros."""
+    values = [f * 2.0**e for e, f in zip(exponents, factors or [1] * len(exponents), strict=True)]
+    row = torch.tensor([values + [0.0] * (K - len(values))], dtype=torch.float64)
+    return row.to(dtype).view(torch.int16).numpy().view(np.uint16)
+
+
+@pytest.mark.parametrize("kind", ["any", "finite", "near", "ties"])
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 @pytest.mark.parametrize("gpu", ONE_OF_EACH, ids=lambda g: g.key)
 def test_fp32_accumulators(mmasim: Any, gpu: Gpu, dtype: torch.dtype, kind: str) -> None:
@@ -91,19 +103,44 @@ def test_fp32_accumulators(mmasim: Any, gpu: Gpu, dtype: torch.dtype, kind: str)
     operation = mmasim.MMA(architecture, f"{shape}.f32.{name}.{name}.f32")
     a, b, c = rows(dtype, torch.float32, kind)
     want = expected(operation, a, b, c, dtype, torch.float32)
-    assert telling(want)
+    assert telling(want) or kind == "ties"
     for engine in ENGINES:
         assert int((fused_dot_add(a, b, c, gpu.step, dtype, engine) != want).sum()) == 0
 
 
-@pytest.mark.parametrize("kind", ["any", "finite", "near"])
+@pytest.mark.parametrize("kind", ["any", "finite", "near", "ties"])
 @pytest.mark.parametrize("gpu", ONE_OF_EACH, ids=lambda g: g.key)
 def test_fp16_accumulators(mmasim: Any, gpu: Gpu, kind: str) -> None:
     architecture, shape = ARCHITECTURES[gpu.capability]
     a, b, c = rows(F16, F16, kind)
     want = expected(mmasim.MMA(architecture, f"{shape}.f16.f16.f16.f16"), a, b, c, F16, F16)
-    assert telling(want)
+    assert telling(want) or kind == "ties"
     assert int((half_dot_add(a, b, c, gpu.step) != want).sum()) == 0
+
+
+@pytest.mark.parametrize("gpu", ONE_OF_EACH, ids=lambda g: g.key)
+def test_a_zero_term_holds_the_unit_up_in_fp16(mmasim: Any, gpu: Gpu) -> None:
+    """2^-25 is a tie of fp16. One unit of 2^(e_zero - F) more decides it; half a unit more is cut off."""
+    architecture, shape = ARCHITECTURES[gpu.capability]
+    operation = mmasim.MMA(architecture, f"{shape}.f16.f16.f16.f16")
+    unit, c = gpu.step.zero_exponent_fp16 - gpu.step.fraction_bits, np.zeros(1, np.uint16)
+    for tail, want in (unit, 1), (unit - 1, 0):
+        a, b = powers(-12, -23, dtype=F16), powers(-13, tail + 23, dtype=F16)
+        assert half_dot_add(a, b, c, gpu.step).tolist() == expected(operation, a, b, c, F16, F16).tolist() == [want]
+
+
+@pytest.mark.parametrize("gpu", [g for g in ONE_OF_EACH if g.capability >= (8, 0)], ids=lambda g: g.key)
+def test_a_zero_term_holds_the_unit_up_in_fp32(mmasim: Any, gpu: Gpu) -> None:
+    """The smallest fp32 number less one unit, and one unit: with units of half the size both are cut off to less than it."""
+    architecture, shape = ARCHITECTURES[gpu.capability]
+    operation = mmasim.MMA(architecture, f"{shape}.f32.bf16.bf16.f32")
+    unit, c = gpu.step.zero_exponent - gpu.step.fraction_bits, np.zeros(1, np.uint32)
+    products = {7: (127, 1), 8: (15, 17), 9: (7, 73), 10: (33, 31)}  # 2^n - 1
+    for tail, want in (unit, 1), (unit - 1, 0):
+        x, y = products[-149 - tail]
+        a, b = powers(-78, -78, dtype=BF16, factors=(x, 1)), powers(tail + 78, tail + 78, dtype=BF16, factors=(y, 1))
+        assert expected(operation, a, b, c, BF16, torch.float32).tolist() == [want]
+        assert fused_dot_add(a, b, c, gpu.step, BF16).tolist() == [want]
 
 
 @pytest.mark.parametrize(("key", "kind"), [("h100", "WGMMA"), ("b200", "TCGen05MMA")])

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from qlab.errors import QlabError, UnsupportedError
 from qlab.hardware import AMPERE, HOPPER
@@ -20,6 +21,7 @@ from tests.replay.native_operands import (
     NO_GROUPS,
     K,
     as_bits,
+    as_floats,
     program,
     random_operands,
     step_row,
@@ -76,6 +78,25 @@ def test_neither_threads_nor_tiles_change_a_bit() -> None:
     native.execute(**arrays, order=p.order, steps=p.steps, ops=p.ops, regions=p.regions, bf16=False, y=y)
     assert np.array_equal(y[covered], first[covered])
     assert (y[~covered] == 0x1234).all()
+
+
+def test_a_caller_that_flushes_subnormals_changes_no_bit() -> None:
+    x, w = random_operands("ordinary", BF16, 1)
+    x, w = as_bits(as_floats(x, BF16) * 2.0**-70, BF16), as_bits(as_floats(w, BF16) * 2.0**-60, BF16)
+    p = program(
+        [(Op.CHAIN, 0, 0, 96), (Op.CHAIN, 1, 0, 96), (Op.ADD, 2)], [step_row(HOPPER), (Kind.FMA, 0, 1, 0, 0, 1)], np.arange(K)
+    )
+    arrays = (x, w, np.zeros((0, w.shape[1]), np.uint16), NO_GROUPS, NO_BITS)
+    want = [native.run(p, *arrays, bf16=True, isa=isa) for isa in native.isas()]
+    assert ((want[0] & 0x7F80 == 0) & (want[0] & 0x7F != 0)).any()  # subnormals
+    if not torch.set_flush_denormal(True):
+        pytest.skip("PyTorch cannot flush subnormals on this processor")
+    try:
+        got = [native.run(p, *arrays, bf16=True, isa=isa, threads=2) for isa in native.isas()]
+        assert torch.tensor([1e-39]).mul(1.0).item() == 0  # and it still does
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(np.array_equal(y, want[0]) for y in (*want, *got))
 
 
 def test_a_chain_over_nothing_is_zero_and_an_output_may_be_empty() -> None:

@@ -131,7 +131,17 @@ def one_layer(here, *names, weight=None):
 def test_what_is_promised_is_printed(here):
     r = one_layer(here, "reference.float64", "reference.float32", "vllm.marlin.gptq")
     text = printed(r, 120)
-    for part in ("a100 on", "replayed bit for bit, a prediction", r.digest[:16], "rel. L2", "ULP", "med", "max", "Σ|x||w|", "noise"):
+    for part in (
+        "a100 on",
+        "replayed bit for bit, a prediction",
+        r.digest[:16],
+        "rel. L2",
+        "ULP",
+        "med",
+        "max",
+        "Σ|x||w|",
+        "noise",
+    ):
         assert part in text
     for part in ("off the diagonal: mean", "bitwise equivalence classes", "What vLLM runs on a100", "2,64,16", "total"):
         assert part in text
