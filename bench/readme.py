@@ -1,8 +1,8 @@
 """Fill the tables of README.md from the files under ``results/``: ``python -m bench.readme``.
 
 A table stands between ``<!-- table: FILE kernels -->`` and ``<!-- end -->``; other openings are ``<!-- table: FILE pairs
-KERNEL,... -->``, ``<!-- speed: FILE KERNEL,... -->``, ``<!-- perplexity: FILE -->`` and ``<!-- recordings: FILE -->``. A test
-fails when README.md does not hold what this writes.
+KERNEL,... -->``, ``<!-- table: FILE against -->``, ``<!-- speed: FILE KERNEL,... -->`` and, with a FILE alone, ``perplexity``,
+``recordings``, ``proof``, ``replay`` and ``cross``. A test fails when README.md does not hold what this writes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import re
 from pathlib import Path
 
 from qlab.lab.results import LabResult
-from qlab.report.markdown import caption, kernel_table, pair_table, table
+from qlab.report.markdown import against_table, caption, kernel_table, pair_table, table
+from qlab.report.terminal import number, share
 from qlab.serial import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(
-    r"(<!-- (table|perplexity|recordings|speed): (\S+)(?: (kernels|pairs))?(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (table|perplexity|recordings|speed|proof|replay|cross): (\S+)(?: (kernels|pairs|against))?(?: (\S+))? -->\n).*?"
+    r"(<!-- end -->)",
+    re.DOTALL,
 )
 
 
@@ -35,13 +38,17 @@ def _block(found: re.Match[str]) -> str:
     elif kind == "speed":
         body = _speed(path, keys.split(","))
     else:
-        body = {"perplexity": _perplexity, "recordings": _recordings}[kind](path)
+        files = {"perplexity": _perplexity, "recordings": _recordings, "proof": _proof, "replay": _replay, "cross": _cross}
+        body = files[kind](path)
     return f"{opening}\n{body}\n\n{closing}"
 
 
 def _lab(path: Path, what: str, keys: str | None) -> str:
     r = LabResult.read(path)
-    body = kernel_table(r) if what == "kernels" else pair_table(r, keys.split(",") if keys else ())
+    if what == "pairs":
+        body = pair_table(r, keys.split(",") if keys else ())
+    else:
+        body = kernel_table(r) if what == "kernels" else against_table(r)
     return f"{body}\n\n<sub>{caption(r)}. From `{path.relative_to(ROOT)}`.</sub>"
 
 
@@ -59,6 +66,59 @@ def _recordings(path: Path) -> str:
     body = table(["kernel", "problems", "repeatable on both", "of these, bitwise equal"], rows)
     where = " and ".join(f"{gpu}, driver {driver}" for gpu, driver in zip(result["gpus"], result["drivers"], strict=True))
     return f"{body}\n\n<sub>{where}; vLLM extension {result['extension'][:16]}. From `{path.relative_to(ROOT)}`.</sub>"
+
+
+def _proof(path: Path) -> str:
+    """Whole kernels against their replays, a row for each family."""
+    result = json.loads(path.read_text())
+    rows = []
+    for f in result["families"]:
+        counts = [f["problems"], f["comparisons"], f["outputs"], f["differing_bits"], f["sampled"], f["unreachable"]]
+        rows.append([f["name"], *(f"{c:,}" for c in counts)])
+    header = ["kernels", "problems", "kernels x problems", "outputs compared", "**bits that differ**", "atomic outputs sampled"]
+    e = result["environment"]
+    where = f"{e['gpu']}, driver {e['driver']}, torch {e['torch']}, triton {e['triton']}"
+    build = f"vLLM {result['extension']['version']}, sha256 {result['extension']['sha256'][:16]}"
+    failed = f"{len(result['failures'])} failures" if result["failures"] else "no failures"
+    note = f"{where}, {build}; {result['done']:,} of {result['planned']:,} tasks, {failed}. From `{path.relative_to(ROOT)}`."
+    return f"{table([*header, 'of these from no order'], rows)}\n\n<sub>{note}</sub>"
+
+
+def _replay(path: Path) -> str:
+    """The engines' speed, in billions of multiply-accumulates per second."""
+    result = json.loads(path.read_text())
+    entries = [e for e in result["entries"] if not e["reason"] and e["dtype"] == "fp16"]
+    columns = list(dict.fromkeys((e["engine"], e["isa"], e["threads"]) for e in entries))
+    shapes = list(dict.fromkeys((e["M"], e["K"], e["N"], e["step"]) for e in entries))
+    speeds = {(e["M"], e["K"], e["N"], e["step"], e["engine"], e["isa"], e["threads"]): e["macs_per_second"] for e in entries}
+    rows = []
+    for *shape, step in shapes:
+        found = [speeds.get((*shape, step, *c)) for c in columns]
+        cells = ["-" if v is None else f"{v / 1e9:.3g}" for v in found]
+        rows.append([", ".join(map(str, shape)), step.upper(), *cells])
+    names = [f"{engine} {isa}".strip() + (f", {n} thread{'s' * (n > 1)}" if n else "") for engine, isa, n in columns]
+    e = result["environment"]
+    where = f"{e['gpu']}, driver {e['driver']}; {e['cpu']}" if e["gpu"] else e["cpu"]
+    note = f"fp16; {where}, {result['cores']} cores, torch {e['torch']}. From `{path.relative_to(ROOT)}`."
+    return f"{table(['M, K, N', 'arithmetic of', *names], rows)}\n\n<sub>{note}</sub>"
+
+
+def _cross(path: Path) -> str:
+    """Pairs of paths per shape: share of differing outputs and relative L2, with what was predicted in brackets."""
+    result = json.loads(path.read_text())
+    what = list(dict.fromkeys(p["what"] for s in result["shapes"] for p in s["pairs"]))
+    rows = []
+    for s in result["shapes"]:
+        pairs = {p["what"]: p for p in s["pairs"]}
+        cells = []
+        for name in what:
+            p = pairs.get(name)
+            said = "" if not p or not p["predicted"] else f" ({share(p['predicted'][1])})"
+            cells.append("-" if p is None else f"{share(p['differing'] / p['outputs'])}{said}, {number(p['relative_l2'])}")
+        rows.append([f"{s['M']}, {s['K']}, {s['N']}", s["dtype"], *cells])
+    e = result["environment"]
+    note = f"AWQ weights in groups of {result['shapes'][0]['group_size']}; replayed on {e['cpu']}. From `{path.relative_to(ROOT)}`."
+    return f"{table(['M, K, N', '', *what], rows)}\n\n<sub>{note}</sub>"
 
 
 def _speed(path: Path, kernels: list[str]) -> str:

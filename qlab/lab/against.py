@@ -61,7 +61,8 @@ class Comparison:
             if made.opaque or not made.ordered:
                 why = f"opaque: {made.opaque}" if made.opaque else "the order of atomics is not fixed on either"
                 return self._skip(key, here, there, why)
-        assert isinstance(mine, Recipe) and isinstance(theirs, Recipe)
+        assert isinstance(mine, Recipe)
+        assert isinstance(theirs, Recipe)
         row = self.rows.setdefault(key, _Sum(here, there))
         if row.reason:
             return None
