@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one call: tests, the lab, recordings, timings; JSON to commit under ``results/``.
+"""Everything that needs a GPU, in one call: tests, the lab, recordings, proofs, timings; JSON to commit under ``results/``.
 
     QLAB_VLLM_EXTENSION=/path/_C.abi3.so python -m bench.gpu_session --out results/h100 --hw h100
 
@@ -23,6 +23,13 @@ from qlab.serial import read_json, write_json
 
 SCHEMA = "qlab.session/1"
 SHAPES = [",".join(map(str, shape)) for shape in GPU_SHAPES]
+REVEALED = (
+    *(("marlin_gptq", "1,4096,4096", "fp16"), ("marlin_gptq", "1,4096,4096", "bf16"), ("marlin_awq", "16,4096,6144", "fp16")),
+    *(("machete_awq", "16,14336,4096", "fp16"), ("machete_gptq", "1,4096,4096", "fp16"), ("awq_gemm", "1,4096,4096", "fp16")),
+    *(("gptq", "1,4096,4096", "fp16"), ("awq_triton", "1,4096,4096", "fp16")),
+    *(("triton.awq_gemm.splitk", "16,4096,4096", "fp16"), ("torch.matmul", "256,4096,4096", "fp16")),
+)
+"""(kernel, shape, dtype) whose order of summation is found from outside; each a step of its own."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,18 @@ def steps(hw: str, out: Path, minutes: float) -> list[Step]:
             recording,
         ),
         Step("gemm", ("bench.gemm", "--json", f"{out}/gemm.json"), 200),
+        Step("golden", ("bench.record_golden", "--out", f"{out}/golden"), 150),
+        Step("proof", ("bench.prove_replay", "--out", str(out), "--processes", "8", "--seconds", "300"), 420),
+        Step("step", ("bench.prove_step", "--json", f"{out}/step.json", "--speed"), 300),
+        Step("replay", ("bench.replay", "--json", f"{out}/replay.json"), 200),
+        *(_reveal(kernel, shape, dtype, out) for kernel, shape, dtype in REVEALED),
     ]
+
+
+def _reveal(kernel: str, shape: str, dtype: str, out: Path) -> Step:
+    name = f"{kernel}-{shape.replace(',', '-')}-{dtype}"
+    arguments = ("qlab.reveal", kernel, "--shape", shape, "--dtype", dtype, "--json", f"{out}/reveal/{name}.json")
+    return Step(f"reveal-{name}", arguments, 60)
 
 
 def has_gpu() -> bool:
@@ -88,7 +106,7 @@ def main() -> int:
     args = parser.parse_args()
     if not has_gpu():
         parser.error("PyTorch finds no CUDA GPU here, and every step needs one; .ci/run checks what needs none")
-    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "reveal").mkdir(parents=True, exist_ok=True)
     chosen = steps(args.hw, args.out, args.minutes)
     if args.only:
         names = args.only.split(",")

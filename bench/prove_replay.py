@@ -5,8 +5,8 @@
 
 QLAB_VLLM_SOURCE=/path/awq_triton.py adds vLLM's Triton kernel where vLLM is not installed. Each process takes every so-many-th
 weight of ``bench.proof_plan`` (``--shard i/n`` runs one alone) and writes ``proof.i-of-n.json``; they are merged into
-``proof.json``. What differs, and what raises, is listed problem by problem. Sums left to atomics have no bits of their own:
-samples of them are held against everything that some order of the additions gives.
+``proof.json``, and go when that is complete. What differs, and what raises, is listed problem by problem. Sums left to atomics
+have no bits of their own: samples of them are held against everything that some order of the additions gives.
 """
 
 from __future__ import annotations
@@ -214,8 +214,8 @@ def run_shard(out: Path, shard: int, of: int, seconds: float, seed: int, limit: 
     prove(prover, tasks, seconds, lambda passed: write_json(path, prover.result(shard, of, len(tasks), seed, passed)))
 
 
-def run_shards(out: Path, processes: int, arguments: list[str]) -> None:
-    """Every shard as a process of its own; their output goes to ``proof.i-of-n.log``."""
+def run_shards(out: Path, processes: int, arguments: list[str]) -> bool:
+    """Every shard as a process of its own; their output goes to ``proof.i-of-n.log``. Whether all ended well."""
     for old in out.glob("proof.*-of-*.json"):
         old.unlink()
     running = []
@@ -223,10 +223,13 @@ def run_shards(out: Path, processes: int, arguments: list[str]) -> None:
         with (out / f"proof.{i}-of-{processes}.log").open("w") as log:
             command = [sys.executable, "-m", "bench.prove_replay", "--out", str(out), "--shard", f"{i}/{processes}", *arguments]
             running.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+    good = True
     for i, process in enumerate(running):
         if process.wait():
+            good = False
             log_text = (out / f"proof.{i}-of-{processes}.log").read_text(errors="replace")
             print(f"shard {i} ended with status {process.returncode}:\n" + "\n".join(log_text.splitlines()[-8:]), flush=True)
+    return good
 
 
 def main() -> int:
@@ -243,6 +246,7 @@ def main() -> int:
     folder: Path | None = options.merge or options.out
     if folder is None:
         parser.error("name a folder: --out DIR to run, --merge DIR to join shards")
+    good = True
     if not options.merge:
         if detect() is None:
             parser.error("the kernels need a CUDA GPU, and PyTorch finds none here")
@@ -256,13 +260,17 @@ def main() -> int:
             run_shard(folder, shard, of, options.seconds, options.seed, options.limit, options.engine)
             return 0
         passed = ["--seconds", str(options.seconds), "--seed", str(options.seed), "--engine", options.engine]
-        run_shards(folder, options.processes, passed + (["--limit", str(options.limit)] if options.limit else []))
+        limit = ["--limit", str(options.limit)] if options.limit else []
+        good = run_shards(folder, options.processes, passed + limit)
     try:
         result = proof.merge_folder(folder)
     except QlabError as error:
         parser.error(str(error))
     proof.show(result)
-    return 1 if result.failures else 0
+    if not options.merge and good and result.complete:  # proof.json holds all that the shards do
+        for path in (*folder.glob("proof.*-of-*.json"), *folder.glob("proof.*-of-*.log")):
+            path.unlink()
+    return 0 if good and not result.failures else 1
 
 
 if __name__ == "__main__":

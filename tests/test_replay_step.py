@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from qlab.errors import QlabError, UnsupportedError
 from qlab.hardware import AMPERE, HOPPER, VOLTA, Step
 from qlab.replay import step as replay_step
-from qlab.replay.step import Engine, fused_dot_add, native_reason
+from qlab.replay.step import Engine, fused_dot_add, half_dot_add, native_reason
 
 ROOT = Path(__file__).resolve().parents[1]
 SILICON = ROOT.parent / "shared" / "silicon"
@@ -259,3 +259,20 @@ def test_missing_module_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(fused_dot_add(a, b, c, HOPPER), fused_dot_add(a, b, c, HOPPER, engine="numpy"))
     with pytest.raises(UnsupportedError, match="not built"):
         fused_dot_add(a, b, c, HOPPER, engine="native")
+
+
+@pytest.mark.parametrize("step", [AMPERE, HOPPER], ids=["ampere", "hopper"])
+@pytest.mark.parametrize("power", range(-14, 15))
+def test_a_sum_in_fp16_that_cancels_or_rounds_to_zero_is_plus_zero(step, power):
+    """As recorded on an H200: no sum leaves -0, whether its terms cancel exactly or it is too small for fp16."""
+    one, minus = (np.array([v], np.float16).view(np.uint16)[0] for v in (1.0, -1.0))
+    big = np.array([2.0**power], np.float16).view(np.uint16)[0]
+    a = np.zeros((2, step.terms), np.uint16)
+    b = np.full_like(a, one)
+    a[0, :2] = big, big ^ np.uint16(0x8000)  # cancels exactly
+    a[1, 0], b[1, 0] = np.uint16(0x8001), np.uint16(0x0400)  # -2^-24 * 2^-14
+    assert half_dot_add(a, b, np.zeros(2, np.uint16), step).tolist() == [0, 0]
+    a[0, 1] = minus if power else np.uint16(0)  # and what does not cancel is the float64 sum, exactly
+    want = np.float16(2.0**power - (1.0 if power else 0.0)) if -10 <= power <= 10 else None
+    if want is not None:
+        assert half_dot_add(a[:1], b[:1], np.zeros(1, np.uint16), step).view(np.float16)[0] == want

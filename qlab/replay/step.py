@@ -168,7 +168,7 @@ def _round_to_nearest_half(sums: Int64, unit: Int64) -> Bits32:
     kept += (drop > 0) & ((rest > half) | ((rest == half) & (kept & 1 == 1)))
     # A carry out of the significand, and the hidden bit, run into the exponent field, as they should.
     bits = np.minimum(((drop + unit + 24) << 10) + kept, 0x7C00)
-    return np.where((sums < 0) & (bits > 0), bits | 0x8000, bits).astype(np.uint32)
+    return np.where(kept == 0, 0, np.where(sums < 0, bits | 0x8000, bits)).astype(np.uint32)
 
 
 def _top_bit(magnitude: Int64) -> Int64:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import sys
+from importlib import util
 
 import pytest
 
 from bench import gpu_session
 from bench.gpu_session import SCHEMA, Session, Step
+from qlab.backends.registry import Problem
+from qlab.hardware import gpu
 from qlab.kernels.options import _shape
+from qlab.recipes import builders
+from qlab.reveal.subject import MATMUL, kernel_name
 from qlab.serial import read_json
+from qlab.weights import DTYPES
 
 GOOD = Step("good", ("platform",), 60)
 BAD = Step("bad", ("json.tool", "/no/such/file"), 60)
@@ -71,3 +77,12 @@ def test_the_shapes_are_ones_that_the_command_takes(tmp_path):
     names = [s.name for s in gpu_session.steps("h100", tmp_path, 1.0)]
     assert len(set(names)) == len(names)
     assert len({_shape(text, 128) for text in gpu_session.SHAPES}) == 12
+
+
+def test_every_step_names_a_module_and_every_revealed_kernel_exists(tmp_path):
+    for step in gpu_session.steps("h200", tmp_path, 1.0):
+        assert util.find_spec(step.arguments[0]), step.name
+    for kernel, shape, dtype in gpu_session.REVEALED:
+        m, k, n = map(int, shape.split(","))
+        problem = Problem(m, k, n, 128, DTYPES[dtype], symmetric=True, act_order=False)
+        assert kernel == MATMUL or kernel_name(kernel, problem, gpu("h200")) in builders(), kernel

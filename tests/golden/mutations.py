@@ -20,7 +20,7 @@ from rich.table import Table
 from bench.record_golden import load
 from tests.golden import rewrites
 from tests.golden.rewrites import Rewrite
-from tests.golden.truth import GOLDEN, SILICON, Evidence, golden, silicon
+from tests.golden.truth import GOLDEN, Evidence, golden, silicon
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,6 @@ def ground_truth(folder: Path, most: int = 1 << 23) -> Iterator[Evidence]:
     return (e for e in found if e.products <= most)
 
 
-def recording() -> Path:
-    """The golden recording, or, before there is one, the H100's large recording."""
-    return GOLDEN if (GOLDEN / "golden.json").exists() else SILICON / "h100"
-
-
 def show(found: dict[tuple[str, str], Tally]) -> None:
     """Caught of tried, by error and family."""
     table = Table("error in the recipe", *FAMILIES, box=box.SIMPLE_HEAD)
@@ -155,7 +150,7 @@ def show(found: dict[tuple[str, str], Tally]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recording", type=Path, default=recording(), help="folder with golden.json or silicon.json")
+    parser.add_argument("--recording", type=Path, default=GOLDEN, help="folder with golden.json or silicon.json")
     parser.add_argument("--enough", type=int, help="try an error in a family until so many problems have caught it")
     options = parser.parse_args()
     show(tally(ground_truth(options.recording), options.enough))
