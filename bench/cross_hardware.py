@@ -14,10 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from qlab import compare
 from qlab.backends.registry import Problem
 from qlab.environment import Environment, collect
@@ -128,15 +124,10 @@ def main() -> None:
     shapes = tuple(measure(*shape, dtype, 100 + i) for dtype in DTYPES for i, shape in enumerate(SHAPES))
     if args.json:
         write_json(args.json, Result(SCHEMA, collect(), shapes))
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("M, K, N", "", "pair"):
-        table.add_column(column, no_wrap=True)
-    for column in ("rel. L2", "differ"):
-        table.add_column(column, justify="right", no_wrap=True)
+    print(f"{'M, K, N':16} {'pair':40} {'differ':>8} {'rel. L2':>9}")
     for s in shapes:
         for p in s.pairs:
-            table.add_row(f"{s.M}, {s.K}, {s.N}", s.dtype, p.what, f"{p.relative_l2:.1e}", f"{p.differing / p.outputs:.2%}")
-    Console().print(table)
+            print(f"{f'{s.M}, {s.K}, {s.N}':16} {p.what:40} {p.differing / p.outputs:8.2%} {p.relative_l2:9.1e} {s.dtype}")
 
 
 if __name__ == "__main__":

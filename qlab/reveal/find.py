@@ -146,8 +146,8 @@ class Finder:
         self.note("In which type are the parts added?", type)
         if type != "fp32" and any(value_type(f) not in (type, None) for f in found):
             raise RevealError(
-                f"parts seem to be added in {type} without being rounded to it first; on a quiet GPU atomics can come in one order "
-                "all the time, and then these probes cannot tell them from joins: try a shape with more thread blocks"
+                f"parts seem to be added in {type} without being rounded to it first; on a quiet GPU atomics can come in one "
+                "order all the time, and then these probes cannot tell them from joins: try a shape with more thread blocks"
             )
         return unordered(found, type), core
 

@@ -7,12 +7,13 @@ from collections import Counter
 import pytest
 import torch
 
-from bench import proof
+from bench import proof, prove_replay
 from bench.features import ACROSS, ACT_ORDER, BIAS, EXPONENTS, LAUNCHES, SPLIT, WHOLE, features
 from bench.problems import Trial
 from bench.proof_plan import FAMILIES, MARLIN, Task, part, plan, trials
 from bench.prove_replay import Prover, prove
 from qlab.backends.registry import kernel
+from qlab.backends.vllm_extension import Extension
 from qlab.hardware import gpu
 from qlab.recipes import recipe
 from qlab.serial import read_json, write_json
@@ -118,3 +119,18 @@ def test_shards_add_up_to_the_whole(tmp_path):
     assert merged.complete
     assert counts(merged, "Marlin") == counts(whole, "Marlin")
     assert read_json(proof.Proof, tmp_path / "proof.json", proof.SCHEMA) == merged
+
+
+@pytest.mark.parametrize(("shards", "kept"), [(2, []), (1, ["proof.0-of-2.json"])])
+def test_shards_go_once_the_proof_is_complete(tmp_path, monkeypatch, shards, kept):
+    def run_shards(out, processes, arguments):
+        for i in range(shards):
+            write_json(out / f"proof.{i}-of-2.json", run(StandIn("vllm.marlin.gptq", H200), shard=i, of=2))
+        return shards == processes
+
+    monkeypatch.setattr(prove_replay, "detect", lambda: H200)
+    monkeypatch.setattr(prove_replay, "extension", lambda: Extension(tmp_path, "", ""))
+    monkeypatch.setattr(prove_replay, "run_shards", run_shards)
+    monkeypatch.setattr("sys.argv", ["prove_replay", "--out", str(tmp_path), "--processes", "2"])
+    assert prove_replay.main() == (0 if shards == 2 else 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*kept, "proof.json"]
