@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+
 from qlab import compare
 from qlab.backends.registry import Problem
 from qlab.environment import Environment, collect

@@ -85,40 +85,41 @@ def _proof(path: Path) -> str:
 
 
 def _replay(path: Path) -> str:
-    """The engines' speed, in billions of multiply-accumulates per second."""
+    """The engines' speed on one M and K, in billions of multiply-accumulates per second."""
     result = json.loads(path.read_text())
-    entries = [e for e in result["entries"] if not e["reason"] and e["dtype"] == "fp16"]
-    columns = list(dict.fromkeys((e["engine"], e["isa"], e["threads"]) for e in entries))
-    shapes = list(dict.fromkeys((e["M"], e["K"], e["N"], e["step"]) for e in entries))
-    speeds = {(e["M"], e["K"], e["N"], e["step"], e["engine"], e["isa"], e["threads"]): e["macs_per_second"] for e in entries}
+    entries = [e for e in result["entries"] if not e["reason"]]
+    engines = list(dict.fromkeys((e["engine"], e["isa"], e["threads"]) for e in entries))
+    columns = list(dict.fromkeys((e["dtype"], e["step"]) for e in entries))
+    speeds = {(e["engine"], e["isa"], e["threads"], e["dtype"], e["step"]): e["macs_per_second"] / 1e9 for e in entries}
     rows = []
-    for *shape, step in shapes:
-        found = [speeds.get((*shape, step, *c)) for c in columns]
-        cells = ["-" if v is None else f"{v / 1e9:.3g}" for v in found]
-        rows.append([", ".join(map(str, shape)), step.upper(), *cells])
-    names = [f"{engine} {isa}".strip() + (f", {n} thread{'s' * (n > 1)}" if n else "") for engine, isa, n in columns]
+    for engine, isa, threads in engines:
+        found = [speeds.get((engine, isa, threads, *c)) for c in columns]
+        name = f"`{engine}` {isa}".strip() + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
+        rows.append([name, *("-" if v is None else f"{v:,.0f}" if v >= 100 else f"{v:.2g}" for v in found)])
+    header = [f"M = {entries[0]['M']}, K = {entries[0]['K']}", *(f"{dtype}, {step.upper()}'s" for dtype, step in columns)]
     e = result["environment"]
     where = f"{e['gpu']}, driver {e['driver']}; {e['cpu']}" if e["gpu"] else e["cpu"]
-    note = f"fp16; {where}, {result['cores']} cores, torch {e['torch']}. From `{path.relative_to(ROOT)}`."
-    return f"{table(['M, K, N', 'arithmetic of', *names], rows)}\n\n<sub>{note}</sub>"
+    note = f"{where}, {result['cores']} cores, torch {e['torch']}. From `{path.relative_to(ROOT)}`."
+    return f"{table(header, rows)}\n\n<sub>{note}</sub>"
 
 
 def _cross(path: Path) -> str:
-    """Pairs of paths per shape: share of differing outputs and relative L2, with what was predicted in brackets."""
+    """Pairs of paths per shape, in fp16: share of differing outputs and relative L2, with what was predicted in brackets."""
     result = json.loads(path.read_text())
-    what = list(dict.fromkeys(p["what"] for s in result["shapes"] for p in s["pairs"]))
+    shapes = [s for s in result["shapes"] if s["dtype"] == "fp16"]
+    what = list(dict.fromkeys(p["what"] for s in shapes for p in s["pairs"]))
     rows = []
-    for s in result["shapes"]:
+    for s in shapes:
         pairs = {p["what"]: p for p in s["pairs"]}
         cells = []
         for name in what:
             p = pairs.get(name)
             said = "" if not p or not p["predicted"] else f" ({share(p['predicted'][1])})"
             cells.append("-" if p is None else f"{share(p['differing'] / p['outputs'])}{said}, {number(p['relative_l2'])}")
-        rows.append([f"{s['M']}, {s['K']}, {s['N']}", s["dtype"], *cells])
-    e = result["environment"]
-    note = f"AWQ weights in groups of {result['shapes'][0]['group_size']}; replayed on {e['cpu']}. From `{path.relative_to(ROOT)}`."
-    return f"{table(['M, K, N', '', *what], rows)}\n\n<sub>{note}</sub>"
+        rows.append([f"{s['M']}, {s['K']}, {s['N']}", *cells])
+    cpu = result["environment"]["cpu"]
+    note = f"fp16, AWQ weights in groups of {shapes[0]['group_size']}; replayed on {cpu}. From `{path.relative_to(ROOT)}`."
+    return f"{table(['M, K, N', *what], rows)}\n\n<sub>{note}</sub>"
 
 
 def _speed(path: Path, kernels: list[str]) -> str:

@@ -69,10 +69,13 @@ def against_table(r: LabResult) -> str:
     layers = [name for name in r.layers() if name != TOTAL]
     rows = []
     for row in r.against.rows:
+        if row.reason:
+            continue
         here, there = (short_kernel(k) for k in (row.kernel, row.other_kernel))
         order = f"{here} on {asked}, {there} on {other}" if here != there else layer_names(row.other_order, layers)
-        figures = [share(row.differing / row.outputs), str(row.bits), number(row.relative_l2)] if row.outputs else ["-"] * 3
-        rows.append([f"`{row.key}`", *figures, row.reason or order])
+        rows.append([f"`{row.key}`", share(row.differing / row.outputs), str(row.bits), number(row.relative_l2), order])
+    for reason in dict.fromkeys(row.reason for row in r.against.rows if row.reason):
+        rows.append([", ".join(f"`{row.key}`" for row in r.against.rows if row.reason == reason), "-", "-", "-", reason])
     return table(["kernel or label", "outputs that differ", "bits", "relative L2", "other order of summation on"], rows)
 
 
