@@ -35,6 +35,8 @@ def recipe(kernel: str, problem: Problem, gpu: Gpu, build: Build = DEFAULT) -> R
     """
     if kernel not in builders():
         raise UnsupportedError(f"{kernel} has no recipe; kernels that have one: {', '.join(sorted(builders()))}")
+    if kernel.startswith("vllm.") and build.vllm != DEFAULT.vllm:
+        raise UnsupportedError(f"{kernel}'s recipe was read from vLLM {DEFAULT.vllm}, and the build is {build.vllm}")
     return builders()[kernel](problem, gpu, build)
 
 

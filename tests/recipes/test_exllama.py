@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from qlab.backends.registry import Problem
+from qlab.errors import UnsupportedError
 from qlab.hardware import GPUS, gpu
 from qlab.recipe import Chain, HalfDot, Output, Recipe, Round, Unordered, nodes, unfold
-from qlab.recipes import recipe
+from qlab.recipes import DEFAULT, recipe
 
 PROBLEM = Problem(M=3, K=1024, N=256, group_size=128, dtype=torch.float16, symmetric=True, act_order=False)
 
@@ -48,3 +49,9 @@ def test_act_order_sorts_the_rows() -> None:
 def test_many_tokens_go_to_cublas() -> None:
     assert exllama(replace(PROBLEM, M=50)).opaque == ""
     assert "cublasHgemm" in exllama(replace(PROBLEM, M=51)).opaque
+
+
+def test_another_vllm_has_no_recipe() -> None:
+    """What a kernel computes was read from one version; another may compute something else."""
+    with pytest.raises(UnsupportedError, match=r"read from vLLM 0\.20\.2"):
+        recipe("vllm.gptq_gemm", PROBLEM, gpu("h100"), replace(DEFAULT, vllm="0.21.0"))
