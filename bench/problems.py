@@ -16,11 +16,9 @@ from torch import Tensor
 
 from bench.record_silicon import DTYPES, Case, make_activations, make_weight
 from qlab.backends.registry import Kernel, Packed, Problem
-from qlab.backends.vllm_extension import UINT4, UINT4B8, operators
-from qlab.backends.vllm_marlin import Marlin, readable, workspace
+from qlab.backends.vllm_marlin import Marlin
 from qlab.errors import UnsupportedError
 from qlab.inputs import random_activations
-from qlab.packing.marlin import permute_bias
 from qlab.recipe import Join, Recipe, nodes
 from qlab.replay.atomics import reachable
 from qlab.weights import Int4Weight
@@ -177,32 +175,10 @@ def possible(y: float, parts: Tensor) -> bool:
 
 
 def call(kernel: Kernel, packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
-    """The kernel's y. A bias is added inside the call, as Marlin alone does it; vLLM hands it over permuted."""
+    """The kernel's y. A bias is added inside the call, as Marlin alone does it."""
     if bias is None:
         return kernel.run(x, packed)
     if not isinstance(kernel, Marlin):
         raise UnsupportedError(f"{kernel.name} takes no bias")
-    t, p = packed.tensors, packed.problem
     with torch.cuda.device_of(x):
-        y: Tensor = operators().marlin_gemm(
-            readable(x),
-            None,
-            t["qweight"],
-            permute_bias(bias),
-            t["scales"],
-            None,
-            None,
-            t["qzeros"],
-            t["groups"],
-            t["order"],
-            workspace(x.device),
-            UINT4 if kernel.source == "awq" else UINT4B8,
-            x.shape[0],
-            p.N,
-            p.K,
-            True,
-            kernel.reduction == "atomic",
-            kernel.reduction != "fp16",
-            False,
-        )
-    return y
+        return kernel.gemm(x, packed, bias)

@@ -84,12 +84,16 @@ class Marlin(VllmKernel):
         }
 
     def _call(self, x: Tensor, packed: Packed) -> Tensor:
+        return self.gemm(x, packed)
+
+    def gemm(self, x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+        """The operator's y [M, N], with ``bias`` [N] of x's dtype added inside the call; vLLM hands it over permuted."""
         t, p = packed.tensors, packed.problem
         y: Tensor = operators().marlin_gemm(
             readable(x),
             None,
             t["qweight"],
-            None,
+            None if bias is None else marlin.permute_bias(bias),
             t["scales"],
             None,
             None,
