@@ -32,7 +32,7 @@ from qlab import environment
 from qlab.backends import failure
 from qlab.backends.reference import oracle
 from qlab.backends.registry import YES, Kernel, Packed, Problem, Support, kernels
-from qlab.command import one_sentence
+from qlab.command import check_output, one_sentence
 from qlab.compare import moments
 from qlab.environment import Environment
 from qlab.errors import QlabError, UnsupportedError
@@ -370,8 +370,7 @@ def _run(
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a Triton kernel is defined, which is on its first use
     if dtype not in DTYPES:
         raise QlabError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if json and not json.absolute().parent.is_dir():
-        raise QlabError(f"--json {json}: the folder {json.absolute().parent} does not exist; make it first")
+    check_output("--json", json)
     settings: dict[str, Any] = {"group": group, "dtype": DTYPES[dtype], "symmetric": symmetric, "seconds": seconds}
     if device == "cpu":
         settings |= {"total_bytes": 0, "min_copies": 2}  # no claim about memory there, and the interpreter is slow

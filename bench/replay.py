@@ -26,7 +26,7 @@ from rich.table import Table
 
 from bench.gemm import parse_shapes
 from qlab import environment
-from qlab.command import one_sentence
+from qlab.command import check_output, one_sentence
 from qlab.environment import Environment
 from qlab.errors import QlabError
 from qlab.hardware import AMPERE, HOPPER, Step
@@ -278,8 +278,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="timing of one engine on one problem", min=0.0)] = 1.0,
 ) -> None:
     """Time the replay engines beside the numpy engine and MMA-Sim, after their bits were compared."""
-    if json and not json.absolute().parent.is_dir():
-        raise QlabError(f"--json {json}: the folder {json.absolute().parent} does not exist; make it first")
+    check_output("--json", json)
     result = run(parse_shapes(shapes, SHAPES), seconds)
     if json:
         write_json(json, result)

@@ -1,10 +1,12 @@
-"""What the commands share: bad input is answered with one sentence."""
+"""What the commands share: bad input is answered with one sentence, before any work is done."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import ParamSpec
 
 import typer
@@ -12,6 +14,39 @@ import typer
 from qlab.errors import QlabError
 
 P = ParamSpec("P")
+MOST = 2**31
+"""Elements of a shape's largest matrix; float64 takes 16 GiB for them."""
+FIGURES = (".png", ".svg", ".pdf")
+
+
+def check_output(option: str, path: Path | None, suffixes: tuple[str, ...] = ()) -> None:
+    """Raise QlabError where a result could not be written to ``path`` in the end, before any work is done."""
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise QlabError(f"{option} {path}: the folder {folder} does not exist; make it first")
+    if path.is_dir():
+        raise QlabError(f"{option} {path} is a folder; name a file")
+    if not os.access(folder, os.W_OK):
+        raise QlabError(f"{option} {path}: the folder {folder} cannot be written; name another")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise QlabError(f"{option} {path}: name a {', '.join(suffixes[:-1])} or {suffixes[-1]} file")
+
+
+def parse_shape(text: str, group: int) -> tuple[int, int, int]:
+    """M, K, N of ``--shape`` with groups of ``group`` rows, -1 for whole columns. Raises QlabError naming the option."""
+    try:
+        m, k, n = (int(part) for part in text.split(","))
+    except ValueError:
+        raise QlabError(f"--shape {text!r} is not M,K,N, for example 16,4096,4096") from None
+    if min(m, k, n) < 1:
+        raise QlabError(f"--shape {text}: M, K and N must be positive")
+    if max(m * k, k * n, m * n) > MOST:
+        raise QlabError(f"--shape {text}: a matrix would have more than {MOST} elements; name a smaller shape")
+    if group != -1 and (group < 1 or k % group):
+        raise QlabError(f"--group {group} does not divide K={k} of --shape {text}; use -1 for whole columns")
+    return m, k, n
 
 
 def one_sentence(name: str) -> Callable[[Callable[P, None]], Callable[P, None]]:

@@ -45,10 +45,10 @@ class Gpu:
     bandwidth: float
     proved: bool = False
     """Whether whole kernels were compared with their replays on this model. Elsewhere a replay is a prediction, which rests on
-    the step (measured on single instructions) and on the kernels' source."""
+    the step, as MMA-Sim has it (recorded single instructions agree for A100 and H100), and on the kernels' source."""
 
     def same_arithmetic(self, other: Gpu) -> bool:
-        """True when a kernel's bits cannot tell the two apart: same step, same SM count, same instruction set."""
+        """True when a kernel's bits cannot tell the two apart, cuBLAS's aside: same step, SM count and instruction set."""
         return (self.sms, self.step, self.capability) == (other.sms, other.step, other.capability)
 
 

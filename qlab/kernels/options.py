@@ -13,6 +13,7 @@ import torch
 
 from qlab import data, hardware
 from qlab.backends.registry import Kernel
+from qlab.command import FIGURES, check_output, parse_shape
 from qlab.errors import QlabError
 from qlab.lab import sources
 from qlab.lab.model_files import ModelFiles
@@ -22,8 +23,6 @@ from qlab.weights import DTYPES
 TOKENS = 16
 GROUP = 128
 """Group size of ``--shape``."""
-MOST = 2**31
-"""Elements of a ``--shape``'s largest matrix; float64 takes 16 GiB for them."""
 SHIPPED = "shipped model (8M-parameter Llama"
 
 
@@ -92,15 +91,8 @@ def work(o: Options) -> Work:
         raise QlabError(f"--dtype {o.dtype!r} is not one of {', '.join(DTYPES)}")
     if o.tokens is not None and o.tokens < 1:
         raise QlabError(f"--tokens {o.tokens} must be at least 1")
-    for option, path in (("--json", o.json), ("--plot", o.plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise QlabError(f"{option} {path}: the folder {path.absolute().parent} does not exist; make it first")
-        if path is not None and path.is_dir():
-            raise QlabError(f"{option} {path} is a folder; name a file")
-        if path is not None and not os.access(path.absolute().parent, os.W_OK):
-            raise QlabError(f"{option} {path}: the folder {path.absolute().parent} cannot be written; name another")
-    if o.plot and o.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise QlabError(f"--plot {o.plot}: name a .png, .svg or .pdf file")
+    check_output("--json", o.json)
+    check_output("--plot", o.plot, FIGURES)
     tokens = o.tokens or TOKENS
     layers, count, model, directories = _layers(o, tokens)
     plan = Plan(
@@ -126,6 +118,8 @@ def _against(o: Options) -> hardware.Gpu | None:
     if o.against == "none":
         return None
     if o.against is not None:
+        if hardware.gpu(o.against) == hardware.gpu(o.hw):
+            raise QlabError(f"--against {o.against} is the GPU of --hw itself; name another, or none")
         return hardware.gpu(o.against)
     return hardware.gpu("h100" if o.hw.lower() == "a100" else "a100")
 
@@ -187,27 +181,13 @@ def _count(directory: Path, request: sources.Request) -> int:
 
 def _shape_layers(o: Options) -> _Layers:
     group = GROUP if o.group is None else o.group
-    shapes = [_shape(text, group) for text in o.shape or ()]
+    shapes = [parse_shape(text, group) for text in o.shape or ()]
     if len(set(shapes)) < len(shapes):
         raise QlabError("--shape names the same M,K,N twice; name each once")
     if o.tokens is not None:
         raise QlabError("--tokens belongs to a model; with --shape M,K,N the tokens are M")
     layers = (layer for shape in shapes for layer in sources.from_shape(shape, group, DTYPES[o.dtype], o.seed, o.weights))
     return _Layers(layers, len(shapes), f"random weights, group {group}", ())
-
-
-def _shape(text: str, group: int) -> tuple[int, int, int]:
-    try:
-        m, k, n = (int(part) for part in text.split(","))
-    except ValueError:
-        raise QlabError(f"--shape {text!r} is not M,K,N, for example 16,4096,4096") from None
-    if min(m, k, n) < 1:
-        raise QlabError(f"--shape {text}: M, K and N must be positive")
-    if max(m * k, k * n, m * n) > MOST:
-        raise QlabError(f"--shape {text}: a matrix would have more than {MOST} elements; name a smaller shape")
-    if group != -1 and (group < 1 or k % group):
-        raise QlabError(f"--group {group} does not divide K={k} of --shape {text}; use -1 for whole columns")
-    return m, k, n
 
 
 def _text(path: Path | None) -> str:

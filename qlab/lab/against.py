@@ -59,7 +59,7 @@ class Comparison:
             if isinstance(made, str):
                 return self._skip(key, here, there, made)
             if made.opaque or not made.ordered:
-                why = f"opaque: {made.opaque}" if made.opaque else "the order of atomics is not fixed on either"
+                why = f"opaque: {made.opaque}" if made.opaque else "the order of atomics is not fixed"
                 return self._skip(key, here, there, why)
         assert isinstance(mine, Recipe)
         assert isinstance(theirs, Recipe)

@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
+from qlab.backends import registry
 from qlab.backends.registry import Problem
 from qlab.errors import UnsupportedError
 from qlab.hardware import Gpu
@@ -31,12 +32,14 @@ def builders() -> Mapping[str, Builder]:
 def recipe(kernel: str, problem: Problem, gpu: Gpu, build: Build = DEFAULT) -> Recipe:
     """What ``kernel`` (a registry name) computes for ``problem`` on ``gpu``.
 
-    The problem must be one that the kernel runs; nothing here checks it. Raises UnsupportedError where no recipe is known.
+    Raises UnsupportedError where no recipe is known and where the kernel does not run the problem on that GPU.
     """
     if kernel not in builders():
         raise UnsupportedError(f"{kernel} has no recipe; kernels that have one: {', '.join(sorted(builders()))}")
     if kernel.startswith("vllm.") and build.vllm != DEFAULT.vllm:
         raise UnsupportedError(f"{kernel}'s recipe was read from vLLM {DEFAULT.vllm}, and the build is {build.vllm}")
+    if why := registry.kernel(kernel).refusal(problem, gpu.capability):
+        raise UnsupportedError(f"{kernel} does not run this problem on {gpu.key}: {why}")
     return builders()[kernel](problem, gpu, build)
 
 

@@ -67,7 +67,7 @@ def launches(m: int, n: int, k: int, sms: int) -> Iterator[Launch]:
         fits = [c for c in (LARGE if row_blocks > 1 else SMALL) if k % c.thread_k == 0 and n % c.thread_n == 0]
         if not fits:
             if blocks == 1:
-                raise ValueError(f"Marlin has no tile for K={k}, N={n}")
+                raise UnsupportedError(f"Marlin has no tile for K={k}, N={n}")
             blocks -= 1
             continue
         config = fits[0]

@@ -41,6 +41,8 @@ def replay(
     operands that are not the recipe's.
     """
     check(recipe, x, weight, bias)
+    if seed is not None and seed < 0:
+        raise QlabError(f"the seed of an order of atomics must be 0 or more, not {seed}")
     name = choose(x) if engine == "auto" else engine
     order = row_order(recipe, weight)
     if order is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
-from qlab.recipe import Recipe
+from qlab.recipe import Recipe, Unordered
 from qlab.replay.step import Bits16
 from qlab.weights import Int4Weight
 
@@ -72,6 +72,9 @@ def check(recipe: Recipe, x: Tensor, weight: Int4Weight, bias: Tensor | None) ->
     name = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(x.dtype)
     if name != recipe.dtype or weight.dtype != x.dtype:
         raise QlabError(f"the recipe is for {recipe.dtype} and x is {x.dtype}, the weight {weight.dtype}")
+    scaled = any(r.output.scale or (isinstance(r.tree, Unordered) and r.tree.scaled) for r in recipe.regions)
+    if scaled and weight.groups > 1:
+        raise QlabError(f"the recipe multiplies sums by whole columns' scales, and the weight has {weight.groups} groups")
     biased = any(r.output.bias != "none" for r in recipe.regions)
     if biased != (bias is not None):
         raise QlabError("the recipe adds a bias and none was given" if biased else "a bias was given and the recipe adds none")

@@ -210,7 +210,7 @@ def against_table(r: LabResult) -> Titled:
 def layer_names(some: tuple[str, ...], every: list[str]) -> str:
     """Layer names in short: their kinds where every block's is among them."""
     if not some:
-        return "none"
+        return "none, the step alone"
     if len(some) == len(every):
         return "every layer" if len(every) > 1 else "the layer"
     kinds: dict[str, int] = {}
@@ -285,7 +285,7 @@ def number(v: float) -> str:
 
 
 def share(v: float) -> str:
-    return "0" if v == 0 else f"{100 * v:.2f}%"
+    return "0" if v == 0 else "<0.01%" if v < 5e-5 else f"{100 * v:.2f}%"
 
 
 def spread(s: OffDiagonal | None) -> str:

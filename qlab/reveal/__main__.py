@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlab.command import one_sentence
+from qlab.command import FIGURES, check_output, one_sentence, parse_shape
 from qlab.errors import QlabError
 
+if TYPE_CHECKING:
+    import torch
+
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-SUFFIXES = (".png", ".svg", ".pdf")
 
 
 @app.command()
@@ -31,14 +33,13 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="draw the tree here (.png, .svg, .pdf)")] = None,
 ) -> None:
     """Reveal the order of summation of one output element, where it rounds, and where the group scale is applied."""
-    for option, path in (("--json", json), ("--plot", plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise QlabError(f"{option} {path}: the folder {path.absolute().parent} does not exist; make it first")
-    if plot is not None and plot.suffix.lower() not in SUFFIXES:
-        raise QlabError(f"--plot {plot}: name a .png, .svg or .pdf file")
-    m, k, n = _shape(shape)
-    if group != -1 and (group < 1 or k % group):
-        raise QlabError(f"--group {group} does not divide K={k} of --shape {shape}; use -1 for whole columns")
+    check_output("--json", json)
+    check_output("--plot", plot, FIGURES)
+    m, k, n = parse_shape(shape, -1)
+    if k < 4:
+        raise QlabError(f"--shape {shape}: a sum of {k} has no order to reveal; K must be at least 4")
+    if kernel != "torch.matmul":
+        parse_shape(shape, group)
     if not (0 <= row < m and 0 <= column < n):
         raise QlabError(f"--row {row} --column {column} is not an element of the {m} x {n} output")
     # Heavy imports come after the options are read, so that --help answers at once.
@@ -48,7 +49,7 @@ def main(
     from qlab.reveal.text import revealed_text
     from qlab.serial import write_json
 
-    size = k if group == -1 else group
+    size = k if group == -1 or kernel == MATMUL else group
     found = reveal(Asked(kernel, m, k, n, size, _dtype(dtype, kernel == MATMUL), row, column, hw, replay))
     try:
         if json is not None:
@@ -59,19 +60,7 @@ def main(
         draw(found, plot)
 
 
-def _shape(text: str) -> tuple[int, int, int]:
-    try:
-        m, k, n = (int(part) for part in text.split(","))
-    except ValueError:
-        raise QlabError(f"--shape {text!r} is not M,K,N, for example 16,4096,4096") from None
-    if min(m, k, n) < 1:
-        raise QlabError(f"--shape {text}: M, K and N must be positive")
-    if k < 4:
-        raise QlabError(f"--shape {text}: a sum of {k} has no order to reveal; K must be at least 4")
-    return m, k, n
-
-
-def _dtype(name: str, wide: bool):  # type: ignore[no-untyped-def]
+def _dtype(name: str, wide: bool) -> torch.dtype:
     import torch
 
     from qlab.weights import DTYPES

@@ -10,8 +10,8 @@ import pytest
 from bench import gpu_session
 from bench.gpu_session import SCHEMA, Session, Step
 from qlab.backends.registry import Problem
+from qlab.command import parse_shape
 from qlab.hardware import gpu
-from qlab.kernels.options import _shape
 from qlab.recipes import builders
 from qlab.reveal.subject import MATMUL, kernel_name
 from qlab.serial import read_json
@@ -76,7 +76,7 @@ def test_without_a_gpu_it_says_so_at_once(monkeypatch, tmp_path, capsys):
 def test_the_shapes_are_ones_that_the_command_takes(tmp_path):
     names = [s.name for s in gpu_session.steps("h100", tmp_path, 1.0)]
     assert len(set(names)) == len(names)
-    assert len({_shape(text, 128) for text in gpu_session.SHAPES}) == 12
+    assert len({parse_shape(text, 128) for text in gpu_session.SHAPES}) == 12
 
 
 def test_every_step_names_a_module_and_every_revealed_kernel_exists(tmp_path):

@@ -76,7 +76,9 @@ def test_a_recipe_needs_no_weight() -> None:
     for planned in plan()[::17]:
         made = inputs(planned.trial)
         real, outline = planned.trial.problem(made.weight), planned.trial.outline()
-        for name in ("vllm.marlin.awq", "triton.gptq_gemm"):
+        for name in ("vllm.marlin.awq", "vllm.marlin.gptq", "triton.gptq_gemm"):
+            if kernel(name).refusal(real, H100.capability):
+                continue
             assert recipe(name, real, H100).hash == recipe(name, outline, H100).hash
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from qlab.errors import UnsupportedError
-from qlab.hardware import AMPERE, HOPPER, VOLTA
+from qlab.backends.registry import Problem
+from qlab.errors import QlabError, UnsupportedError
+from qlab.hardware import AMPERE, HOPPER, VOLTA, gpu
 from qlab.inputs import random_activations, random_weight
 from qlab.recipe import (
     Fma,
@@ -29,7 +30,8 @@ from qlab.recipe import (
     rounded,
     unordered,
 )
-from qlab.replay import reference
+from qlab.recipes import recipe
+from qlab.replay import reference, replay
 from qlab.replay.operands import Operands, bits, decode, operands, row_order, values
 from qlab.weights import Int4Weight
 from tests.replay import exact_model
@@ -289,3 +291,15 @@ def test_sorted_rows_keep_the_order_within_a_group() -> None:
     want = reference.run(natural, bits(x[:, order]), operands(natural, plain))
     assert np.array_equal(got, want)
     assert not np.array_equal(got, reference.run(natural, bits(x), operands(natural, shuffled)))
+
+
+def test_scales_of_groups_are_not_taken_for_a_column_s() -> None:
+    """A whole-column recipe on a weight with groups would use the first group's scale alone."""
+    whole, grouped = random_weight(256, 64, -1, seed=1), random_weight(256, 64, 64, seed=1)
+    made = recipe("vllm.marlin.awq", Problem.of(whole, 2), gpu("h100"))
+    x = random_activations(2, 256)
+    assert replay(made, x, whole).shape == (2, 64)
+    with pytest.raises(QlabError, match="whole columns' scales, and the weight has 4 groups"):
+        replay(made, x, grouped)
+    with pytest.raises(QlabError, match="seed of an order of atomics must be 0 or more"):
+        replay(made, x, whole, seed=-1)
