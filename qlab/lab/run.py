@@ -148,24 +148,24 @@ def run(
     pairs.append(_pairs(TOTAL, {c.key: _joined(t.digests) for c, _ in table if not (t := tallies[c.key]).missing}, total))
     digest = hashlib.sha256("".join(i.weight_digest + i.input_digest for i in inputs).encode()).hexdigest()
     return LabResult(
-        SCHEMA,
-        dict(plan.arguments),
-        environment,
-        what_hw,
-        plan.mode,
-        plan.model,
-        tuple(plan.checkpoints),
-        str(plan.dtype).removeprefix("torch."),
-        plan.seed,
-        digest,
-        tuple(inputs),
-        tuple(c for c, _ in table),
-        tuple(cells),
-        tuple(pairs),
-        tuple(dispatched),
-        tuple(probes),
-        round(time.perf_counter() - started, 3),
-        None if compared is None else compared.result(),
+        schema=SCHEMA,
+        arguments=dict(plan.arguments),
+        environment=environment,
+        hardware=what_hw,
+        mode=plan.mode,
+        model=plan.model,
+        checkpoints=tuple(plan.checkpoints),
+        dtype=str(plan.dtype).removeprefix("torch."),
+        seed=plan.seed,
+        digest=digest,
+        inputs=tuple(inputs),
+        columns=tuple(c for c, _ in table),
+        cells=tuple(cells),
+        pairs=tuple(pairs),
+        dispatch=tuple(dispatched),
+        probes=tuple(probes),
+        seconds=round(time.perf_counter() - started, 3),
+        against=None if compared is None else compared.result(),
     )
 
 
@@ -232,17 +232,17 @@ def _one(
         tally.repeatable &= bool(repeatable)
     noise = None if floor is None else floor.relative_l2
     cell = Cell(
-        layer.name,
-        column.key,
-        "",
-        digests[0],
-        err,
-        repeatable,
-        noise,
-        len(ys),
-        found.origin,
-        found.recipe,
-        found.replay_bits,
+        layer=layer.name,
+        key=column.key,
+        reason="",
+        digest=digests[0],
+        error=err,
+        repeatable=repeatable,
+        noise_floor=noise,
+        runs=len(ys),
+        origin=found.origin,
+        recipe=found.recipe,
+        replay_bits=found.replay_bits,
     )
     return cell, y
 
@@ -332,17 +332,17 @@ def _total_cell(key: str, t: _Tally) -> Cell:
     err = compare.Error(t.moments.relative_l2, float(ulps.median()), t.ulp_max, t.backward)
     known = t.floor.squared_exact > 0 or t.runs > 1
     return Cell(
-        TOTAL,
-        key,
-        "",
-        _joined(t.digests),
-        err,
-        t.repeatable if known else None,
-        t.floor.relative_l2 if known else None,
-        t.runs,
-        t.origin,
-        made,
-        t.replay_bits,
+        layer=TOTAL,
+        key=key,
+        reason="",
+        digest=_joined(t.digests),
+        error=err,
+        repeatable=t.repeatable if known else None,
+        noise_floor=t.floor.relative_l2 if known else None,
+        runs=t.runs,
+        origin=t.origin,
+        recipe=made,
+        replay_bits=t.replay_bits,
     )
 
 
