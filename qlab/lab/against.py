@@ -23,7 +23,6 @@ class _Sum:
     outputs: int = 0
     differing: int = 0
     bits: int = 0
-    layers: int = 0
     other_order: list[str] = field(default_factory=list)
     moments: compare.Moments = field(default_factory=lambda: compare.Moments(0.0, 0.0))
 
@@ -68,7 +67,6 @@ class Comparison:
             return None
         first = replays.run(mine) if y is None else y
         second = replays.run(theirs)
-        row.layers += 1
         row.outputs += first.numel()
         row.differing += compare.differing(first, second)
         row.bits += compare.differing_bits(first, second)
@@ -83,19 +81,21 @@ class Comparison:
         row.reason = row.reason or why
 
     def result(self) -> Against:
-        rows = [
-            AgainstRow(
-                key,
-                r.here,
-                r.there,
-                r.reason,
-                r.outputs if not r.reason else 0,
-                r.differing if not r.reason else 0,
-                r.bits if not r.reason else 0,
-                r.moments.relative_l2 if not r.reason else 0.0,
-                tuple(r.other_order),
+        rows = []
+        for key, row in self.rows.items():
+            r = _Sum(row.here, row.there, row.reason) if row.reason else row  # a part of the layers would mislead
+            rows.append(
+                AgainstRow(
+                    key=key,
+                    kernel=r.here,
+                    other_kernel=r.there,
+                    reason=r.reason,
+                    outputs=r.outputs,
+                    differing=r.differing,
+                    bits=r.bits,
+                    relative_l2=r.moments.relative_l2,
+                    other_order=tuple(r.other_order),
+                )
             )
-            for key, r in self.rows.items()
-        ]
         proved = self.asked.proved and self.other.proved
         return Against(self.other.key, proved, tuple(rows))

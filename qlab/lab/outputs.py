@@ -85,8 +85,9 @@ def output(kernel: Kernel, replays: Replays, gpu: hardware.Gpu, *, native: bool,
             failure.wait(device)
         except Exception as e:  # one broken kernel costs its own cells, not the run
             return Output("", failure.reason(e, kernel.name, device), recipe=known)
-        compared = isinstance(made, Recipe) and made.ordered and not made.opaque
-        bits = compare.differing_bits(ys[0], replays.run(made)) if compared and isinstance(made, Recipe) else None
+        bits = None
+        if isinstance(made, Recipe) and made.ordered and not made.opaque:
+            bits = compare.differing_bits(ys[0], replays.run(made))
         return Output(NATIVE, "", ys, recipe=known, replay_bits=bits)
     if not isinstance(made, Recipe):
         return Output("", made or (support.reason if support else ""))

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from qlab.errors import QlabError
-from qlab.recipe import Recipe, Unordered
+from qlab.recipe import Recipe, Type, Unordered
 from qlab.replay.step import Bits16
 from qlab.weights import Int4Weight
+
+DTYPES: dict[Type, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +71,7 @@ def check(recipe: Recipe, x: Tensor, weight: Int4Weight, bias: Tensor | None) ->
     shape, want = [*x.shape, weight.N], [recipe.M, recipe.K, recipe.N]
     if shape != want or weight.K != recipe.K:
         raise QlabError(f"the recipe is for M, K, N = {want} and x {list(x.shape)}, weight [{weight.K}, {weight.N}] are not")
-    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(x.dtype)
-    if name != recipe.dtype or weight.dtype != x.dtype:
+    if x.dtype != DTYPES[recipe.dtype] or weight.dtype != x.dtype:
         raise QlabError(f"the recipe is for {recipe.dtype} and x is {x.dtype}, the weight {weight.dtype}")
     scaled = any(r.output.scale or (isinstance(r.tree, Unordered) and r.tree.scaled) for r in recipe.regions)
     if scaled and weight.groups > 1:

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from qlab import hardware
 from qlab.errors import UnsupportedError
 from qlab.recipe import Chain, Fma, HalfDot, Join, Node, Opaque, Recipe, Region, Round, TensorCore, Type, Unordered, unfold
-from qlab.replay.operands import Operands, bits, values
+from qlab.replay.operands import DTYPES, Operands, bits, values
 from qlab.replay.step import Bits16, fused_dot_add, half_dot_add
 from qlab.weights import round_once
 
 Float = NDArray[np.float32]
 Double = NDArray[np.float64]
-DTYPES: dict[Type, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BLOCK = 1 << 21
 """Operand elements of one block: bounds the memory."""
 
