@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec
+from typing import TYPE_CHECKING, ParamSpec
 
 import typer
 
 from qlab.errors import QlabError
+
+if TYPE_CHECKING:
+    import torch
 
 P = ParamSpec("P")
 MOST = 2**31
@@ -47,6 +50,20 @@ def parse_shape(text: str, group: int) -> tuple[int, int, int]:
     if group != -1 and (group < 1 or k % group):
         raise QlabError(f"--group {group} does not divide K={k} of --shape {text}; use -1 for whole columns")
     return m, k, n
+
+
+def torch_device(name: str | None) -> torch.device:
+    """The device of ``--device``; without one the GPU where there is one. Raises QlabError naming the option."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if name is None:
+        return torch.device("cuda" if available else "cpu")
+    if name not in ("cuda", "cpu"):
+        raise QlabError(f"--device {name!r} is neither cuda nor cpu")
+    if name == "cuda" and not available:
+        raise QlabError("--device cuda: PyTorch finds no CUDA GPU here; leave the option out to run on the CPU")
+    return torch.device(name)
 
 
 def one_sentence(name: str) -> Callable[[Callable[P, None]], Callable[P, None]]:

@@ -9,11 +9,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from qlab import data, hardware
 from qlab.backends.registry import Kernel
-from qlab.command import FIGURES, check_output, parse_shape
+from qlab.command import FIGURES, check_output, parse_shape, torch_device
 from qlab.errors import QlabError
 from qlab.lab import sources
 from qlab.lab.model_files import ModelFiles
@@ -82,7 +80,7 @@ class _Layers(NamedTuple):
 def work(o: Options) -> Work:
     """Check every option and say what to run. Raises QlabError naming the option and the mend."""
     asked = hardware.gpu(o.hw)
-    device = _device(o.device)
+    device = torch_device(o.device)
     if device.type == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is first imported, which is below
     if o.weights not in (SAME, "own"):
@@ -122,17 +120,6 @@ def _against(o: Options) -> hardware.Gpu | None:
             raise QlabError(f"--against {o.against} is the GPU of --hw itself; name another, or none")
         return hardware.gpu(o.against)
     return hardware.gpu("h100" if o.hw.lower() == "a100" else "a100")
-
-
-def _device(name: str | None) -> torch.device:
-    available = torch.cuda.is_available()
-    if name is None:
-        return torch.device("cuda" if available else "cpu")
-    if name not in ("cuda", "cpu"):
-        raise QlabError(f"--device {name!r} is neither cuda nor cpu")
-    if name == "cuda" and not available:
-        raise QlabError("--device cuda: PyTorch finds no CUDA GPU here; leave the option out to run on the CPU")
-    return torch.device(name)
 
 
 def _layers(o: Options, tokens: int) -> _Layers:

@@ -8,7 +8,6 @@ every machine, except where a value lies within some 1e-15 of a rounding border.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qlab.errors import CheckpointError
+from qlab.lab.transformer import Dense, build, first_line, load, need, read_config, rotary, widen_norms
 
 TAPS: Mapping[str, str] = {
     "self_attn.qkv_proj": "self_attn.q_proj",
@@ -24,10 +24,6 @@ TAPS: Mapping[str, str] = {
     "mlp.down_proj": "mlp.down_proj",
 }
 """Linear layers as vLLM fuses them, and the module whose input is theirs."""
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Architectures whose layers, run one by one, are known to add up to transformers' own forward pass. Relatives with the same
-module names scale embeddings, turn q and k otherwise or normalise by ``1 + weight``, and would quietly give another x."""
 
 
 def tokenize(directory: Path, text: str, tokens: int) -> Tensor:
@@ -38,7 +34,7 @@ def tokenize(directory: Path, text: str, tokens: int) -> Tensor:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # a damaged file fails in the tokenizers library, whose errors have no type of their own
         raise CheckpointError(
-            f"{directory}: no usable tokenizer ({_first_line(e)}); copy the model's tokenizer files there"
+            f"{directory}: no usable tokenizer ({first_line(e)}); copy the model's tokenizer files there"
         ) from None
     ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens).input_ids[0]
     if len(ids) < tokens:
@@ -46,36 +42,15 @@ def tokenize(directory: Path, text: str, tokens: int) -> Tensor:
     return ids[:tokens]
 
 
-Dense = Callable[[str], Tensor | None]
-"""Parameter by name, in any float dtype (quantised ones dequantised); None where the checkpoint has none."""
-
-
 def layer_inputs(directory: Path, dense: Dense, ids: Tensor) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """For each decoder layer its index and the inputs of its linears, float64 [tokens, K], keyed as in :data:`TAPS`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as e:  # transformers and huggingface_hub share no type of error for a bad value
-        raise CheckpointError(f"{directory / 'config.json'}: {_first_line(e)}") from None
-    if config.model_type not in FAMILIES:
-        raise CheckpointError(
-            f"{directory / 'config.json'}: model_type {config.model_type!r} is not built like Llama; its layers cannot be run "
-            f"one by one, those of {', '.join(FAMILIES)} can"
-        )
+    config = read_config(directory)
     window = getattr(config, "sliding_window", None)
     if window is not None and len(ids) > window:
         raise CheckpointError(f"{directory}: {len(ids)} tokens exceed the sliding window; give --tokens {window} or fewer")
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="sdpa")
-    except Exception as e:  # whatever a nonsensical size leads to inside transformers
-        raise CheckpointError(f"{directory / 'config.json'}: no model can be built from it ({_first_line(e)})") from None
-    body = model.model
+    body = build(directory, config).model
     with torch.no_grad():
-        embedding = _need(dense("model.embed_tokens.weight"), directory, "model.embed_tokens.weight")
+        embedding = need(dense("model.embed_tokens.weight"), directory, "model.embed_tokens.weight")
         if int(ids.max()) >= len(embedding):
             raise CheckpointError(
                 f"{directory}: the tokenizer gives token {int(ids.max())}, the embedding has {len(embedding)} rows; "
@@ -83,10 +58,10 @@ def layer_inputs(directory: Path, dense: Dense, ids: Tensor) -> Iterator[tuple[i
             )
         hidden = embedding[ids].double()[None]
         positions = torch.arange(len(ids))[None]
-        cosine_sine = _rotary(type(body.rotary_emb)(config=config), config, len(ids))
+        cosine_sine = rotary(body, config, len(ids))
         for index, layer in enumerate(body.layers):
-            _load(layer, f"model.layers.{index}.", dense, directory)
-            _widen_norms(layer)
+            load(layer, f"model.layers.{index}.", dense, directory)
+            widen_norms(layer)
             seen: dict[str, Tensor] = {}
             hooks = [layer.get_submodule(tap).register_forward_pre_hook(_keep(seen, name)) for name, tap in TAPS.items()]
             out = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=cosine_sine)
@@ -97,57 +72,8 @@ def layer_inputs(directory: Path, dense: Dense, ids: Tensor) -> Iterator[tuple[i
             layer.to(device="meta")
 
 
-def _load(layer: nn.Module, prefix: str, dense: Dense, directory: Path) -> None:
-    state = {}
-    for name, parameter in layer.named_parameters():
-        found = _need(dense(prefix + name), directory, prefix + name)
-        if found.shape != parameter.shape:
-            raise CheckpointError(
-                f"{directory}: tensor {prefix + name!r} is {list(found.shape)}, config.json asks for {list(parameter.shape)}; "
-                "the two belong to different models"
-            )
-        state[name] = found.double()
-    layer.load_state_dict(state, strict=True, assign=True)
-
-
-def _rotary(module: Any, config: Any, tokens: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position, float64 [1, tokens, head_dim]; transformers' own are float32."""
-    frequencies = module.inv_freq.double()
-    parameters = getattr(config, "rope_parameters", None) or {}
-    base = parameters.get("rope_theta", getattr(config, "rope_theta", None))
-    if getattr(module, "rope_type", "default") == "default" and base:
-        pairs = torch.arange(len(frequencies), dtype=torch.float64)
-        frequencies = float(base) ** (-pairs / len(frequencies))
-    angles = torch.arange(tokens, dtype=torch.float64)[:, None] * frequencies
-    angles = torch.cat((angles, angles), -1)[None]
-    return angles.cos() * module.attention_scaling, angles.sin() * module.attention_scaling
-
-
-def _widen_norms(layer: nn.Module) -> None:
-    """Let RMS norms compute in float64; transformers' go through float32 whatever the model's dtype is."""
-    for norm in layer.modules():
-        if type(norm).__name__.endswith("RMSNorm"):
-            norm.forward = partial(_rms_norm, norm)
-
-
-def _rms_norm(norm: Any, x: Tensor) -> Tensor:
-    return norm.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon))
-
-
 def _keep(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any], None]:
     def hook(module: nn.Module, args: Any) -> None:
         seen[name] = args[0].reshape(-1, args[0].shape[-1])
 
     return hook
-
-
-def _need(t: Tensor | None, directory: Path, name: str) -> Tensor:
-    if t is None:
-        raise CheckpointError(f"{directory}: tensor {name!r} is missing, so its layer cannot run")
-    return t
-
-
-def _first_line(e: Exception) -> str:
-    """The message's first line; where that only announces the next, both."""
-    lines = [*map(str.strip, str(e).strip().splitlines()), type(e).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) or lines[-1]

@@ -71,6 +71,11 @@ def recipe_of(kernel: Kernel, problem: Problem, gpu: hardware.Gpu) -> Recipe | s
         return str(e)
 
 
+def opaque_reason(recipe: Recipe, gpu: hardware.Gpu) -> str:
+    """Why an opaque recipe of ``gpu`` cannot be replayed."""
+    return f"opaque: {recipe.opaque} is not modelled, so only {gpu.key} itself can run it"
+
+
 def output(kernel: Kernel, replays: Replays, gpu: hardware.Gpu, *, native: bool, runs: int, seed: int) -> Output:
     """Run ``kernel`` on the layer: ``native`` says whether this machine is ``gpu``. References are native everywhere."""
     weight, x = replays.weight, replays.x
@@ -92,7 +97,7 @@ def output(kernel: Kernel, replays: Replays, gpu: hardware.Gpu, *, native: bool,
     if not isinstance(made, Recipe):
         return Output("", made or (support.reason if support else ""))
     if made.opaque:
-        return Output(OPAQUE, f"opaque: {made.opaque} is not modelled, so only {gpu.key} itself can run it", recipe=known)
+        return Output(OPAQUE, opaque_reason(made, gpu), recipe=known)
     count = 1 if made.ordered else runs
     ys = tuple(replays.run(made, seed + i) for i in range(count))
     return Output(REPLAY, "", ys, fixed=made.ordered, recipe=known)

@@ -63,7 +63,7 @@ def tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as e:
         reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
         raise QlabError(f"cannot load the tokenizer in {directory}: {reason}") from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -66,21 +68,34 @@ def decode(recipe: Recipe, codes: Tensor, zeros: Tensor, scales: Tensor, group: 
     return (q * s[g] + shift[g]).to(scales.dtype)
 
 
-def check(recipe: Recipe, x: Tensor, weight: Int4Weight, bias: Tensor | None) -> None:
-    """Raise QlabError unless x, weight and bias are what the recipe was made for."""
-    shape, want = [*x.shape, weight.N], [recipe.M, recipe.K, recipe.N]
-    if shape != want or weight.K != recipe.K:
-        raise QlabError(f"the recipe is for M, K, N = {want} and x {list(x.shape)}, weight [{weight.K}, {weight.N}] are not")
-    if x.dtype != DTYPES[recipe.dtype] or weight.dtype != x.dtype:
-        raise QlabError(f"the recipe is for {recipe.dtype} and x is {x.dtype}, the weight {weight.dtype}")
+class Shaped(Protocol):
+    """What a recipe asks of a weight, decoded or not."""
+
+    @property
+    def K(self) -> int: ...
+    @property
+    def N(self) -> int: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def check(recipe: Recipe, shape: Sequence[int], dtype: torch.dtype, weight: Shaped, bias: Tensor | None) -> None:
+    """Raise QlabError unless x (``shape``, ``dtype``), weight and bias are what the recipe was made for."""
+    both, want = [*shape, weight.N], [recipe.M, recipe.K, recipe.N]
+    if both != want or weight.K != recipe.K:
+        raise QlabError(f"the recipe is for M, K, N = {want} and x {list(shape)}, weight [{weight.K}, {weight.N}] are not")
+    if dtype != DTYPES[recipe.dtype] or weight.dtype != dtype:
+        raise QlabError(f"the recipe is for {recipe.dtype} and x is {dtype}, the weight {weight.dtype}")
     scaled = any(r.output.scale or (isinstance(r.tree, Unordered) and r.tree.scaled) for r in recipe.regions)
     if scaled and weight.groups > 1:
         raise QlabError(f"the recipe multiplies sums by whole columns' scales, and the weight has {weight.groups} groups")
     biased = any(r.output.bias != "none" for r in recipe.regions)
     if biased != (bias is not None):
         raise QlabError("the recipe adds a bias and none was given" if biased else "a bias was given and the recipe adds none")
-    if bias is not None and (bias.shape != (weight.N,) or bias.dtype != x.dtype):
-        raise QlabError(f"the bias must be {x.dtype} [{weight.N}], not {bias.dtype} {list(bias.shape)}")
+    if bias is not None and (bias.shape != (weight.N,) or bias.dtype != dtype):
+        raise QlabError(f"the bias must be {dtype} [{weight.N}], not {bias.dtype} {list(bias.shape)}")
 
 
 def bits(t: Tensor) -> Bits16:

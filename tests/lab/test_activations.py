@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlab.errors import CheckpointError
-from qlab.lab.activations import FAMILIES, TAPS, layer_inputs, tokenize
+from qlab.lab.activations import TAPS, layer_inputs, tokenize
 from qlab.lab.model_files import ModelFiles
+from qlab.lab.transformer import FAMILIES
 
 TEXT = "def run(self, item):\n    return self.queue.get(item)\n\nThe module provides an interface to the file system.\n"
 TOKENS = 24

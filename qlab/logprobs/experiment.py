@@ -1,0 +1,159 @@
+"""The experiment: every path generates, every path re-executes what every other generated, and the same tokens go in other batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from qlab import environment
+from qlab.engine.path import Path
+from qlab.engine.run import Advance, Request, Sampling, Scored
+from qlab.engine.schedule import Batching
+from qlab.logprobs.cells import Bench, Sequences, Store, attempt, decode_of, prefill_of
+from qlab.logprobs.maker import Maker
+from qlab.logprobs.manifest import input_digest
+from qlab.logprobs.tables import SCHEMA, Cells, Dispatched, ExperimentResult, Prompts
+from qlab.logprobs.tabulate import tabulate
+
+KEPT = 20
+"""Log-probabilities kept of a re-execution, so that the generator's few are among them."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compute: chosen once, the same for every path."""
+
+    paths: tuple[Path, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    new_tokens: int = 32
+    top_k: int = 5
+    batching: Batching = Batching()
+    sampling: Sampling = Sampling()
+    seed: int = 0
+    batches: Mapping[str, Batching] = field(default_factory=dict)
+    """Other schedules for the same tokens, by name."""
+
+    def request(self) -> Request:
+        """The recording that every path makes."""
+        return Request(
+            self.prompts,
+            self.new_tokens,
+            batching=self.batching,
+            sampling=self.sampling,
+            top_k=max(self.top_k, KEPT),
+            seed=self.seed,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the whole experiment feeds to models, for a progress bar."""
+        fed = sum(len(p) + self.new_tokens - 1 for p in self.prompts)
+        n = len(self.paths)
+        return fed * (2 * n + n + 2 * n * n + n * len(self.batches))
+
+
+def other_batches(batching: Batching, longest: int) -> dict[str, Batching]:
+    """The schedules that a server mixes: a prompt whole, token by token, with three others beside it."""
+    return {
+        "whole": Batching(max(longest, batching.budget), 1),
+        "token by token": Batching(1, 1),
+        "beside 3 others": Batching(batching.budget, 4),
+    }
+
+
+def compute(plan: Plan, bench: Callable[[Path], Bench], store: Store, advance: Advance = lambda tokens: None) -> Cells:
+    """Every cell of the tables; a cell that cannot be computed here holds its reason. ``store`` keeps what was finished."""
+    request = plan.request()
+    again = replace(request, seed=plan.seed + 1)
+    benches = {p: bench(p) for p in plan.paths}
+    progress = _Progress(advance, sum(len(p) + plan.new_tokens - 1 for p in plan.prompts))
+
+    def run(path: Path, asked: Request) -> Sequences | str:
+        with progress.cell():
+            return attempt(lambda: store.run(benches[path], asked, progress.advance))
+
+    cells = Cells()
+    for p in plan.paths:
+        cells.recordings[p] = run(p, request)
+        cells.again[p] = run(p, again)
+    made = {p: s for p, s in cells.recordings.items() if not isinstance(s, str)}
+    wanted = _wanted(list(made.values()), plan.top_k)
+    for g in plan.paths:
+        generated = cells.recordings[g]
+        for r in plan.paths:
+            if isinstance(generated, str):
+                cells.prefill[g, r] = cells.decode[g, r] = generated
+                continue
+            asked = replace(request, wanted=tuple(wanted[_identity(i, s)] for i, s in enumerate(generated)))
+            cells.prefill[g, r] = run(r, prefill_of(generated, asked))
+            cells.decode[g, r] = cells.recordings[g] if g == r else run(r, decode_of(generated, asked))
+        if isinstance(generated, str):
+            cells.prefill_again[g] = generated
+            continue
+        asked = replace(again, wanted=tuple(wanted[_identity(i, s)] for i, s in enumerate(generated)))
+        cells.prefill_again[g] = run(g, prefill_of(generated, asked))
+        for name, batching in plan.batches.items():
+            cells.batches[g, name] = run(g, replace(prefill_of(generated, replace(asked, seed=plan.seed)), batching=batching))
+    return cells
+
+
+def _identity(i: int, s: Scored) -> tuple[int, tuple[int, ...]]:
+    return i, tuple(s.tokens.tolist())
+
+
+def _wanted(recordings: Sequence[Sequences], k: int) -> dict[tuple[int, tuple[int, ...]], Tensor]:
+    """For each sequence of tokens, per row, the ids that some generator of these tokens has among its k largest."""
+    found: dict[tuple[int, tuple[int, ...]], list[Tensor]] = {}
+    for sequences in recordings:
+        for i, s in enumerate(sequences):
+            found.setdefault(_identity(i, s), []).append(s.ids[:, :k])
+    return {key: _union(parts) for key, parts in found.items()}
+
+
+def _union(parts: Sequence[Tensor]) -> Tensor:
+    """int64 [rows, w]: each row's distinct ids, the first one repeated where there are fewer than w."""
+    rows = [list(dict.fromkeys(row)) for row in torch.cat(list(parts), 1).tolist()]
+    width = max(map(len, rows))
+    return torch.tensor([row + row[:1] * (width - len(row)) for row in rows])
+
+
+class _Progress:
+    """Counts each cell as the same number of tokens, computed, found or refused."""
+
+    def __init__(self, advance: Advance, each: int) -> None:
+        self._advance, self._each, self._left = advance, each, 0
+
+    def advance(self, tokens: int) -> None:
+        step = min(tokens, self._left)
+        self._left -= step
+        self._advance(step)
+
+    @contextmanager
+    def cell(self) -> Iterator[None]:
+        self._left = self._each
+        yield
+        self.advance(self._left)
+
+
+def summarise(
+    plan: Plan, cells: Cells, store: Store, maker: Maker, arguments: Mapping[str, str], seconds: float
+) -> ExperimentResult:
+    """The tables with what they were measured on."""
+    reasons = {p: found for p, found in cells.recordings.items() if isinstance(found, str)}
+    return ExperimentResult(
+        schema=SCHEMA,
+        arguments=dict(arguments),
+        environment=environment.collect(details=False),
+        engine=maker.engine,
+        models=tuple(f"{m.name} ({m.method}, {m.digest[:16]})" for m in maker.models.values()),
+        prompts=Prompts(len(plan.prompts), sum(map(len, plan.prompts)), plan.new_tokens, input_digest(plan.prompts)),
+        top_k=plan.top_k,
+        dispatched=tuple(Dispatched(str(p), store.called(str(p)), reasons.get(p, "")) for p in plan.paths),
+        tables=tabulate(cells, plan.paths, top_k=plan.top_k),
+        seconds=round(seconds, 1),
+        notes={},
+    )

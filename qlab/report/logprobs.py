@@ -1,0 +1,306 @@
+"""The log-probability experiment as tables for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.panel import Panel
+from rich.text import Text
+
+from qlab.logprobs.detection import Verdict
+from qlab.logprobs.detection import name as class_name
+from qlab.logprobs.statistics import Figure
+from qlab.logprobs.tables import Entry, ExperimentResult, Matrix, Spread, Tables
+from qlab.logprobs.telling import Telling
+from qlab.report.terminal import Titled, share
+
+SPREAD_UNKNOWN = "needs 2 prompts"
+
+
+def show(result: ExperimentResult, console: Console) -> None:
+    """Print the whole result."""
+    console.print(header(result))
+    show_tables(result.tables, console)
+    if refused := refused_table(result):
+        console.print(refused)
+
+
+def show_tables(t: Tables, console: Console) -> None:
+    """Print the experiment's tables in its order."""
+    console.print(noise_floor_table(t))
+    for m in t.within:
+        console.print(matrix_table(m, console.width), matrix_notes(m))
+    if t.across:
+        console.print(across_table(t))
+    if t.batches:
+        console.print(batch_table(t))
+    if t.detection:
+        console.print(detection_table(t.detection))
+    if t.unlisted:
+        console.print(Text(unlisted(t), style="dim"))
+
+
+def header(r: ExperimentResult) -> RenderableType:
+    e, p = r.environment, r.prompts
+    where = f"{e.gpu}, driver {e.driver}" if e.gpu else e.cpu
+    lines = [
+        *map(escape, r.models),
+        f"{p.count} prompts of {p.tokens} tokens together, {p.new_tokens} generated each, digest [bold]{p.digest[:16]}[/]; "
+        f"top-{r.top_k}",
+        f"engine [bold]{escape(r.engine)}[/] on {escape(where)}; torch {e.torch}; {r.seconds:.1f} s",
+        "mean L2 over prompts, in brackets its 95% bootstrap interval over prompts",
+    ]
+    return Panel(Text.from_markup("\n".join(lines)), title="qlab.logprobs", title_align="left", expand=False)
+
+
+def noise_floor_table(t: Tables) -> Titled:
+    """Every path against itself."""
+    table = Titled("Noise floor", gap=2)
+    table.column("path", no_wrap=True)
+    table.column("prefill", justify="right")
+    table.column("decode", justify="right")
+    for row in t.noise_floor:
+        table.row(row.path, stacked(row.prefill), stacked(row.decode))
+    return table
+
+
+def title(m: Matrix) -> str:
+    """``Within H100, prefill``."""
+    where = f"Within {m.gpu.upper()}" if m.gpu else "All paths"
+    return f"{where}, {m.mode}"
+
+
+def names(m: Matrix) -> list[str]:
+    """The matrix's paths, without the GPU where they share one."""
+    return [key.replace(f"@{m.gpu}", "") if m.gpu else key for key in m.keys]
+
+
+def matrix_table(m: Matrix, width: int = 100) -> Titled:
+    """Rows generate, columns re-execute; numbered columns where names do not fit the width."""
+    labels = names(m)
+    widest = max(map(len, labels))
+    fit = widest + 2 + sum(max(len(label), 14) + 2 for label in labels) <= width
+    who = "each path continues on its own" if m.mode == "decode, free" else "rows generate, columns re-execute"
+    table = Titled(f"{title(m)} ({who})", gap=2 if fit else 1)
+    table.column("", no_wrap=True)
+    for i, label in enumerate(labels):
+        table.column(label if fit else str(i + 1), justify="right", no_wrap=fit)
+    for i, (label, row) in enumerate(zip(labels, m.cells, strict=True)):
+        table.row(label if fit else f"{i + 1:>2} {label}", *(stacked(e) for e in row))
+    return table
+
+
+def matrix_notes(m: Matrix) -> Text:
+    """Off-diagonal mean and range, and the classes."""
+    lines = [f"  {spread(m.off_diagonal)}"] if m.off_diagonal else []
+    own = dict(zip(m.keys, names(m), strict=True))
+    together = [c for c in m.classes if len(c) > 1]
+    if together:
+        lines.append(f"  equal in all bits: {', '.join(class_name([own[key] for key in c]) for c in together)}")
+    elif len(m.classes) > 1:
+        lines.append("  no two are equal in all bits")
+    return Text("\n".join([*lines, ""]))
+
+
+def spread(s: Spread) -> str:
+    """In one line."""
+    return f"off the diagonal: mean {figure(s.mean)}, range {small(s.low)} to {small(s.high)}"
+
+
+def across_table(t: Tables) -> Titled:
+    """The pairwise table across hardware."""
+    gpus = dict.fromkeys(row.gpus for row in t.across)
+    where = f" {' and '.join(g.upper() for g in next(iter(gpus)))}" if len(gpus) == 1 else ""
+    table = Titled(f"Across{where}: signal within a GPU, noise between GPUs", gap=2)
+    table.column("pair", no_wrap=True)
+    if not where:
+        table.column("GPUs", no_wrap=True)
+    for column in ("Signal", "Noise", "SNR"):
+        table.column(column, justify="right")
+    for row in t.across:
+        first = [f"{row.methods[0]} vs {row.methods[1]}"] + ([] if where else [", ".join(row.gpus)])
+        if row.signal and row.noise and row.snr:
+            table.row(*first, figure_cell(row.signal), figure_cell(row.noise), snr_cell(row.snr))
+        else:
+            table.row(*first, reason(row.reason), "-", "-")
+    return table
+
+
+def batch_table(t: Tables) -> Titled:
+    """The same tokens in other batches."""
+    table = Titled("Same tokens in another batch", gap=2)
+    table.column("path", no_wrap=True)
+    table.column("schedule", no_wrap=True)
+    for column in ("L2", "rows that differ", "argmax flips", "largest"):
+        table.column(column, justify="right")
+    last = ""
+    for row in t.batches:
+        first = row.path if row.path != last else ""
+        last = row.path
+        shares = [share_cell(f) if f else Text("-") for f in (row.differing, row.flips)]
+        table.row(first, row.schedule, stacked(row.distance), *shares, small(row.largest) if row.largest is not None else "-")
+    return table
+
+
+def detection_table(tellings: Sequence[Telling]) -> Titled:
+    """Who can tell a claimed path from another, and with how many tokens."""
+    table = Titled("Detection: per-prompt scores of a claimed path against another's", gap=2)
+    table.column("claimed")
+    table.column("in truth")
+    table.column("verifier")
+    table.column("AUC", justify="right")
+    table.column("tokens for 99% power\nat 1% false positives", justify="right")
+    for d in tellings:
+        tokens = Text("cannot be told", style="dim") if _blind(d) else tokens_cell(d)
+        table.row(d.claimed, d.other, d.verifier, _lines(f"{d.auc.value:.3f}", auc_interval(d.auc)), tokens)
+    return table
+
+
+def auc_interval(f: Figure) -> str:
+    return "one prompt" if math.isnan(f.low) else f"[{f.low:.2f}, {f.high:.2f}]"
+
+
+def tokens_cell(d: Telling) -> Text:
+    """Tokens needed, the interval below; behind it, where there is one, the number by resampling."""
+    if math.isnan(d.tokens.value):
+        return Text(SPREAD_UNKNOWN, style="dim")
+    below = "one prompt" if math.isnan(d.tokens.low) else f"[{count(d.tokens.low)}, {count(d.tokens.high)}]"
+    if d.resampled:
+        below += f"; resampled {count(d.resampled.value)} [{count(d.resampled.low)}, {count(d.resampled.high)}]"
+    return _lines(count(d.tokens.value), below)
+
+
+def verdict(v: Verdict) -> RenderableType:
+    """A trace's verdict: the sentence, then each class."""
+    colour = {"consistent": "green", "named": "green"}.get(v.answer, "yellow")
+    table = Titled("Candidates", gap=2)
+    table.column("class", ratio=1)
+    for column in ("L2 from the trace", "equal rows", "p"):
+        table.column(column, justify="right", no_wrap=True)
+    for c in sorted(v.candidates, key=lambda c: c.distance.value):
+        kept = c.members in v.classes
+        p = Text(small(c.p) if c.p < 1 else "1", style="bold" if kept else "dim")
+        table.row(Text(", ".join(c.members), style="bold" if kept else ""), figure_cell(c.distance), share(c.equal_rows), p)
+    options = [f"top-{v.top_k}"] * (v.top_k is not None) + [f"{v.decimals} decimals"] * (v.decimals is not None)
+    lines = [
+        f"[bold {colour}]{escape(v.sentence)}[/]",
+        f"provided that one of the candidates generated it; {v.prompts} prompts",
+    ]
+    lines[-1] += f", smallest p {v.smallest_p:.2g}" + "".join(f"; {o}" for o in options)
+    panel = Panel(Text.from_markup("\n".join(lines)), title="verdict", title_align="left", expand=False)
+    return Group(panel, table)
+
+
+def refused_table(r: ExperimentResult) -> Titled | None:
+    """Paths that could not be computed, with their reasons."""
+    refused = [d for d in r.dispatched if d.reason]
+    if not refused:
+        return None
+    table = Titled("Did not run", gap=2)
+    table.column("path", no_wrap=True)
+    table.column("why", ratio=1)
+    for d in refused:
+        table.row(d.path, escape(d.reason))
+    return table
+
+
+def unlisted(t: Tables) -> str:
+    """What the tables say about entries that were not listed."""
+    return (
+        f"{t.unlisted} log-probabilities were not listed by the re-executor; the smallest one it lists for the row stands in."
+    )
+
+
+def stacked(e: Entry) -> Text:
+    """A cell: its figure, its interval below; a reason in words; how many prompts split."""
+    if e.figure is None:
+        return reason(e.reason)
+    if e.identical:
+        return Text("0")
+    if not e.figure.infinite:
+        return figure_cell(e.figure)
+    split = f"{e.figure.infinite} of {e.figure.prompts} split"
+    return _lines("inf", split if e.together is None else f"{split}\nelse {figure(e.together)}")
+
+
+def figure_cell(f: Figure) -> Text:
+    """The value, its interval dim on the next line."""
+    return _lines(small(f.value), "" if f.value == f.low == f.high else interval(f))
+
+
+def snr_cell(f: Figure) -> Text:
+    if f.value == f.low == f.high:
+        return Text(times(f.value))
+    return _lines(times(f.value), "one prompt" if math.isnan(f.low) else f"[{times(f.low)}, {times(f.high)}]")
+
+
+def share_cell(f: Figure) -> Text:
+    if f.value == f.low == f.high:
+        return Text(share(f.value))
+    return _lines(share(f.value), "one prompt" if math.isnan(f.low) else f"[{100 * f.low:.3g}, {100 * f.high:.3g}]%")
+
+
+def figure(f: Figure) -> str:
+    """``3.88e-2 [3.1, 4.4]e-2`` in one line."""
+    return small(f.value) if f.value == f.low == f.high else f"{small(f.value)} {interval(f)}"
+
+
+def interval(f: Figure) -> str:
+    """``[3.1, 4.4]e-2``: both ends in units of the value's power of ten; in full where they are far from it."""
+    if math.isnan(f.low):
+        return "one prompt" if f.prompts == 1 else "[nan]"
+    ends = (f.low, f.high)
+    if not all(map(math.isfinite, (f.value, *ends))) or f.value <= 0:
+        return f"[{small(f.low)}, {small(f.high)}]"
+    power = _power(f.value)
+    low, high = (v / 10.0**power for v in ends)
+    if not 0.095 <= low <= high < 99.5:
+        return f"[{small(f.low)}, {small(f.high)}]"
+    return f"[{_two_digits(low)}, {_two_digits(high)}]" + (f"e{power}" if power else "")
+
+
+def small(v: float) -> str:
+    """``3.88e-2``; 0, inf and nan in their words; from 1 to 999 without a power."""
+    if v == 0 or not math.isfinite(v):
+        return f"{v:g}"
+    if 0.9995 <= abs(v) < 999.5:
+        return f"{v:.2f}" if abs(v) < 9.995 else f"{v:.1f}" if abs(v) < 99.95 else f"{v:.0f}"
+    mantissa, _, exponent = f"{v:.2e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def times(v: float) -> str:
+    """``81x``, ``1.26x``."""
+    if not math.isfinite(v):
+        return f"{v:g}"
+    return f"{v:.0f}x" if 99.95 <= v < 1e6 else f"{v:.2f}x" if 0.01 <= v < 1 else f"{small(v)}x"
+
+
+def count(v: float) -> str:
+    """Tokens: ``23,040``."""
+    return f"{v:,.0f}" if math.isfinite(v) and v < 1e7 else small(v)
+
+
+def reason(text: str) -> Text:
+    return Text(text, style="dim italic")
+
+
+def _two_digits(v: float) -> str:
+    return f"{v:.0f}" if v >= 9.95 else f"{v:.1f}" if v >= 0.995 else f"{v:.2f}"
+
+
+def _power(v: float) -> int:
+    power = int(f"{v:.2e}".partition("e")[2])
+    return 0 if 0 <= power < 3 else power
+
+
+def _blind(d: Telling) -> bool:
+    return d.auc.value == d.auc.low == d.auc.high == 0.5
+
+
+def _lines(first: str, second: str) -> Text:
+    found = Text(first, justify="right")
+    return found.append(f"\n{second}", style="dim") if second else found

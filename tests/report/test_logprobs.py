@@ -1,0 +1,130 @@
+"""The experiment's tables on a terminal and in Markdown: its numbers, its intervals, nothing cut at 100 columns."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from qlab.logprobs.detection import detect
+from qlab.logprobs.statistics import Figure
+from qlab.report import logprobs, logprobs_markdown
+from qlab.serial import write_json
+from tests.logprobs import synthetic_runs as runs
+
+
+@pytest.fixture(scope="module")
+def both():
+    return runs.result()
+
+
+def printed(show, width=100):
+    out = io.StringIO()
+    show(Console(file=out, width=width))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_nothing_is_cut(both, width):
+    text = printed(lambda c: logprobs.show(both, c), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    assert "model/awq [one]" in text
+
+
+def test_names_and_layout_of_the_experiment(both):
+    text = printed(lambda c: logprobs.show(both, c))
+    heads = (
+        "Noise floor",
+        "Within A100, prefill",
+        "Within H100, prefill",
+        "Within A100, decode",
+        "Across A100 and H100",
+        "Signal",
+        "Same tokens in another batch",
+        "Detection",
+    )
+    places = [text.index(h) for h in heads]
+    assert places == sorted(places)
+    assert "5.00x" in text
+    assert "1 of 8 split" in text
+    assert "else 1.94" in text
+    assert "off the diagonal: mean" in text
+
+
+def test_figures_follow_the_data(both):
+    """Planted: another log-probability gives another table."""
+    paths = [runs.Path(m, "a100") for m in ("awq", "gptq")]
+    c = runs.cells(paths)
+    before = printed(lambda k: logprobs.show_tables(runs.tabulate(c, paths), k))
+    c.prefill[paths[0], paths[1]][0].logprobs[0] += 8.0
+    assert printed(lambda k: logprobs.show_tables(runs.tabulate(c, paths), k)) != before
+
+
+def test_reasons_in_words():
+    r = runs.result(refused=("gptq@a100",))
+    text = printed(lambda c: logprobs.show(r, c))
+    assert text.count(runs.REASON) > 10
+    assert "Did not run" in text
+    assert runs.REASON in logprobs_markdown.document(r)
+
+
+def test_equal_paths_are_told_as_classes():
+    text = printed(lambda c: logprobs.show(runs.result(("h100", "h200"), methods=("awq", "awq_marlin")), c))
+    assert "cannot be told" in text
+    m = runs.result(("h100", "h200"), methods=("awq",)).tables.full[0]
+    assert "equal in all bits: {awq@h100, awq@h200}" in logprobs.matrix_notes(m).plain
+
+
+@pytest.mark.parametrize(
+    ("figure", "text"),
+    [
+        (Figure(3.88e-2, 3.1e-2, 4.44e-2, 0, 8), "3.88e-2 [3.1, 4.4]e-2"),
+        (Figure(4.3, 3.96, 4.6, 0, 8), "4.30 [4.0, 4.6]"),
+        (Figure(1e-2, 1e-5, 2e-2, 0, 8), "1.00e-2 [1.00e-5, 2.00e-2]"),
+        (Figure(0.0, 0.0, 0.0, 0, 8), "0"),
+        (Figure(math.inf, 2.0, math.inf, 1, 8), "inf [2.00, inf]"),
+        (Figure(2.0, math.nan, math.nan, 0, 1), "2.00 one prompt"),
+        (Figure(9.9996e-2, 9.1e-2, 0.11, 0, 8), "1.00e-1 [0.91, 1.1]e-1"),
+    ],
+)
+def test_one_line_figures(figure, text):
+    assert logprobs.figure(figure) == text
+
+
+@pytest.mark.parametrize(
+    ("v", "text"), [(81.2, "81.2x"), (1.26, "1.26x"), (412.3, "412x"), (math.inf, "inf"), (math.nan, "nan")]
+)
+def test_ratios(v, text):
+    assert logprobs.times(v) == text
+
+
+def test_one_prompt_claims_no_interval():
+    text = printed(lambda c: logprobs.show(runs.result(prompts=1), c))
+    assert "one prompt" in text
+    assert "nan" not in text
+
+
+def test_a_verdict():
+    p = runs.Path("awq", "h100")
+    trace = [runs.scored(p, t, 6) for t in (runs.tokens_of(p, s) for s in range(8))]
+    other = [runs.scored(p, s.tokens.tolist(), 6, 0.5) for s in trace]
+    v = detect(trace, {"awq@h100": trace, "awq@h200": trace, "[awq]": other}, decimals=4)
+    text = printed(lambda c: c.print(logprobs.verdict(v)))
+    assert "consistent with class {awq@h100, awq@h200}" in " ".join(text.replace("\u2502", " ").split())
+    assert "[awq]" in text
+    assert "4 decimals" in text
+    assert "3.91e-3" in text
+
+
+def test_markdown(both, tmp_path):
+    text = logprobs_markdown.document(both)
+    for line in text.splitlines():
+        if line.startswith("| Within A100, prefill"):
+            assert line.count("|") == 6
+    assert "| `awq` vs `awq_marlin`, A100 and H100 |" in text
+    assert "5.00x" in text
+    write_json(tmp_path / "r.json", both)
+    assert logprobs_markdown.document(type(both).read(tmp_path / "r.json")) == text
