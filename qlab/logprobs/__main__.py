@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from qlab.logprobs.commands import compare, experiment, record, replay, show
+from qlab.logprobs.commands import causes, compare, detect, experiment, record, replay, show
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False, no_args_is_help=True)
-for command in (experiment, record, replay, show, compare):
+for command in (experiment, detect, causes, record, replay, show, compare):
     app.command(command.__name__.rpartition(".")[2])(command.main)
 
 

@@ -1,4 +1,7 @@
-"""The experiment: every path generates, every path re-executes what every other generated, and the same tokens go in other batches."""
+"""The experiment: every path generates, and every path re-executes what every other generated.
+
+A re-execution is a run of its own: atomics add in another order than they did for the generator.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,10 @@ from qlab.logprobs.tabulate import tabulate
 
 KEPT = 20
 """Log-probabilities kept of a re-execution, so that the generator's few are among them."""
+Wanted = dict[tuple[int, tuple[int, ...]], Tensor]
+"""Ids per row, by the place of a sequence and its tokens."""
+DEFAULT = Batching()
+GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,8 @@ class Plan:
     prompts: tuple[tuple[int, ...], ...]
     new_tokens: int = 32
     top_k: int = 5
-    batching: Batching = Batching()
-    sampling: Sampling = Sampling()
+    batching: Batching = DEFAULT
+    sampling: Sampling = GREEDY
     seed: int = 0
     batches: Mapping[str, Batching] = field(default_factory=dict)
     """Other schedules for the same tokens, by name."""
@@ -88,16 +95,16 @@ def compute(plan: Plan, bench: Callable[[Path], Bench], store: Store, advance: A
             if isinstance(generated, str):
                 cells.prefill[g, r] = cells.decode[g, r] = generated
                 continue
-            asked = replace(request, wanted=tuple(wanted[_identity(i, s)] for i, s in enumerate(generated)))
+            asked = replace(request if g == r else again, wanted=_of(wanted, generated))
             cells.prefill[g, r] = run(r, prefill_of(generated, asked))
             cells.decode[g, r] = cells.recordings[g] if g == r else run(r, decode_of(generated, asked))
         if isinstance(generated, str):
             cells.prefill_again[g] = generated
             continue
-        asked = replace(again, wanted=tuple(wanted[_identity(i, s)] for i, s in enumerate(generated)))
-        cells.prefill_again[g] = run(g, prefill_of(generated, asked))
+        once_more = prefill_of(generated, replace(again, wanted=_of(wanted, generated)))
+        cells.prefill_again[g] = run(g, once_more)
         for name, batching in plan.batches.items():
-            cells.batches[g, name] = run(g, replace(prefill_of(generated, replace(asked, seed=plan.seed)), batching=batching))
+            cells.batches[g, name] = run(g, replace(once_more, batching=batching))
     return cells
 
 
@@ -105,7 +112,11 @@ def _identity(i: int, s: Scored) -> tuple[int, tuple[int, ...]]:
     return i, tuple(s.tokens.tolist())
 
 
-def _wanted(recordings: Sequence[Sequences], k: int) -> dict[tuple[int, tuple[int, ...]], Tensor]:
+def _of(wanted: Wanted, sequences: Sequences) -> tuple[Tensor, ...]:
+    return tuple(wanted[_identity(i, s)] for i, s in enumerate(sequences))
+
+
+def _wanted(recordings: Sequence[Sequences], k: int) -> Wanted:
     """For each sequence of tokens, per row, the ids that some generator of these tokens has among its k largest."""
     found: dict[tuple[int, tuple[int, ...]], list[Tensor]] = {}
     for sequences in recordings:

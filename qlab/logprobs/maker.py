@@ -28,7 +28,7 @@ class Maker:
     engine: str = "builtin"
     device: str | None = None
     dtype: str = "float16"
-    batching: Batching = Batching()
+    batching: Batching = field(default_factory=Batching)
     models: dict[str, Model] = field(default_factory=dict)
     """The checkpoints that were used, by family."""
     _made: dict[tuple[Path, float, int], Bench] = field(default_factory=dict)

@@ -112,8 +112,8 @@ def curves(series: Curves, path: Path, *, x: str, y: str = "SNR", heading: str =
             ax.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
             ax.plot(at, value, color=colour, marker=mark, markersize=5, linewidth=1.8, label=name, zorder=3)
             beyond = [v for v, (_, f) in zip(at, s, strict=True) if math.isinf(f.value)]
-            ax.plot(beyond, [top] * len(beyond), linestyle="", marker="^", markersize=9, color=colour, clip_on=False, zorder=4)
             for v in beyond:
+                ax.plot([v], [top], marker="^", markersize=9, color=colour, clip_on=False, zorder=4)
                 beside = ax.annotate("inf", (v, top), (7, -3), textcoords="offset points", fontsize=8, color=colour)
                 beside.set_in_layout(False)
         ax.set_xscale("log")
@@ -234,7 +234,7 @@ def _save(draw: Callable[[Any], None], path: Path) -> None:
     FigureCanvasAgg(figure)
     draw(figure)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=suffix)
+    figure.savefig(buffer, format=suffix, bbox_inches="tight", pad_inches=0.12)
     write_whole(path, buffer.getvalue())
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
-from qlab.logprobs.detection import Verdict
 from qlab.logprobs.detection import name as class_name
 from qlab.logprobs.statistics import Figure
 from qlab.logprobs.tables import Entry, ExperimentResult, Matrix, Spread, Tables
@@ -173,27 +172,6 @@ def tokens_cell(d: Telling) -> Text:
     return _lines(count(d.tokens.value), below)
 
 
-def verdict(v: Verdict) -> RenderableType:
-    """A trace's verdict: the sentence, then each class."""
-    colour = {"consistent": "green", "named": "green"}.get(v.answer, "yellow")
-    table = Titled("Candidates", gap=2)
-    table.column("class", ratio=1)
-    for column in ("L2 from the trace", "equal rows", "p"):
-        table.column(column, justify="right", no_wrap=True)
-    for c in sorted(v.candidates, key=lambda c: c.distance.value):
-        kept = c.members in v.classes
-        p = Text(small(c.p) if c.p < 1 else "1", style="bold" if kept else "dim")
-        table.row(Text(", ".join(c.members), style="bold" if kept else ""), figure_cell(c.distance), share(c.equal_rows), p)
-    options = [f"top-{v.top_k}"] * (v.top_k is not None) + [f"{v.decimals} decimals"] * (v.decimals is not None)
-    lines = [
-        f"[bold {colour}]{escape(v.sentence)}[/]",
-        f"provided that one of the candidates generated it; {v.prompts} prompts",
-    ]
-    lines[-1] += f", smallest p {v.smallest_p:.2g}" + "".join(f"; {o}" for o in options)
-    panel = Panel(Text.from_markup("\n".join(lines)), title="verdict", title_align="left", expand=False)
-    return Group(panel, table)
-
-
 def refused_table(r: ExperimentResult) -> Titled | None:
     """Paths that could not be computed, with their reasons."""
     refused = [d for d in r.dispatched if d.reason]
@@ -285,7 +263,8 @@ def count(v: float) -> str:
 
 
 def reason(text: str) -> Text:
-    return Text(text, style="dim italic")
+    """Why there is no figure; of an opaque sum its library alone: the JSON has the whole sentence."""
+    return Text(" ".join(text.split()[:2]) if text.startswith("opaque: ") else text, style="dim italic")
 
 
 def _two_digits(v: float) -> str:

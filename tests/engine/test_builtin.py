@@ -205,7 +205,7 @@ def test_what_cublas_sums_is_refused_before_any_work(request, path, most):
     e = engine(request.getfixturevalue(path.split("@")[0]), path)
     prompt = (5,) * (most + 1)
     with pytest.raises(UnsupportedError, match=r"^opaque: cuBLAS .* is not modelled, so only \w100 itself can run it"):
-        e.run(Request((prompt,), 1, batching=Batching(most + 1)), lambda tokens: pytest.fail("a step ran"))
+        e.run(Request(((5,), prompt), 1, batching=Batching(most + 1)), lambda tokens: pytest.fail("a step ran"))
     assert Path.parse(path).chunk == most
 
 

@@ -53,9 +53,10 @@ def test_a_re_execution_follows_the_traces_batching_unless_told(fake: FakeEngine
 
 
 def test_a_difference_is_measured_over_the_generators_ids(made: Trace, fake: FakeEngine) -> None:
-    found = compare_traces(made, re_execute(made, replace(fake, shift=30.0)))
+    other = re_execute(made, replace(fake, shift=30.0))
+    found = compare_traces(made, other)
     expected = 0.0
-    for a, b in zip(made.sequences, re_execute(made, replace(fake, shift=30.0)).sequences, strict=True):
+    for a, b in zip(made.sequences, other.sequences, strict=True):
         expected += float((a.logprobs.double() - b.logprobs[:, 5:].double()).square().sum().sqrt()) / 2
     assert found.total.distance == pytest.approx(expected, rel=1e-12)
     assert found.total.distance > 1
@@ -105,6 +106,23 @@ def test_models_are_known_by_content(tmp_path: File) -> None:
         check_same(copy, replace(copy, name="big", vocabulary=4096), any_model=True)
     with pytest.raises(QlabError, match="absent is not a directory"):
         identify(tmp_path / "absent")
+
+
+def test_every_part_of_a_model_counts(tmp_path: File) -> None:
+    files = {"config.json": b'{"vocab_size": 9}', "a.safetensors": b"a", "b.safetensors": b"b"}
+    for name, raw in files.items():
+        (tmp_path / name).write_bytes(raw)
+    first = identify(tmp_path)
+    assert (first.method, first.vocabulary) == ("unquantised", 9)
+    for name, raw in files.items():
+        (tmp_path / name).write_bytes(raw + b" ")
+        assert identify(tmp_path).digest != first.digest, name
+        (tmp_path / name).write_bytes(raw)
+    (tmp_path / "b.safetensors").rename(tmp_path / "c.safetensors")
+    assert identify(tmp_path).digest != first.digest
+    (tmp_path / "config.json").write_bytes(b"{}")
+    with pytest.raises(QlabError, match=r"config.json: vocab_size is None"):
+        identify(tmp_path)
 
 
 def test_taps_are_drawn_by_seed_or_named_by_a_glob() -> None:

@@ -169,7 +169,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "longer prompt": (lambda m: m["sequences"][0].update(prompt=4), "does not add up"),
     "shifted": (lambda m: m["sequences"][0].update(prompt=4, tokens=7), "tensor '0.tokens' is int32 [6], not int32 [7]"),
     "other inputs": (lambda m: m.update(inputs="0" * 64), "not those of the manifest's input digest"),
-    "small vocabulary": (lambda m: m["model"].update(vocabulary=2000), "tensor '1.tokens' has an id outside 0 to 1999"),
+    "small vocabulary": (lambda m: m["model"].update(vocabulary=2000), "has an id outside 0 to 1999"),
     "no sequence": (lambda m: m.update(sequences=[]), "the manifest has no sequence"),
     "other top-k": (lambda m: m["request"].update(top_k=4), "tensor '0.ids' is int32 [5, 5], not int32 [5, 4]"),
     "no digests": (lambda m: m.update(digests=False), "tensor '0.digests' is no part of a trace"),

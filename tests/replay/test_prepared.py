@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,8 +19,7 @@ K, N = 512, 256
 
 
 def problem(weight, m, bias=False):
-    p = Problem.of(weight, m)
-    return Problem(**{**vars(p), "bias": bias})
+    return replace(Problem.of(weight, m), bias=bias)
 
 
 @pytest.mark.parametrize("engine", ["reference", "native"])
@@ -42,6 +43,17 @@ def test_bits_of_a_replay(kernel, group, act_order, bias, engine):
         x = random_activations(m, K, seed=seed)
         want = replay.replay(made, x, w, b, engine="native")
         assert torch.equal(ready.run(x).view(torch.int16), want.view(torch.int16))
+
+
+def test_rows_ordered_by_activation_are_the_sorted_rows():
+    w = random_weight(K, N, 128, symmetric=True, act_order=True, seed=8)
+    order = torch.argsort(w.group_index, stable=True)
+    in_order = replace(w, codes=w.codes[order], group_index=w.group_index[order])
+    x, gpu = random_activations(7, K, seed=8), hardware.gpu("h100")
+    y = prepare(recipe("vllm.marlin.gptq", Problem.of(w, 7), gpu), w).run(x)
+    other = prepare(recipe("vllm.marlin.gptq", Problem.of(in_order, 7), gpu), in_order).run(x[:, order])
+    assert not in_order.act_order
+    assert torch.equal(y, other)
 
 
 def test_recipes_of_several_m_share_a_decoded_weight(monkeypatch):
@@ -70,15 +82,17 @@ def test_another_rule_asks_for_another_decoding():
 
 
 def test_panels_change_no_bit_and_bound_what_is_held(monkeypatch):
-    w = random_weight(K, N, 128, seed=4)
-    made, x = recipe("vllm.marlin.awq", Problem.of(w, 5), hardware.gpu("h100")), random_activations(5, K, seed=4)
-    whole = replay.replay(made, x, w)
+    k, n = 1408, 1024  # stripes cut its column tiles in different places
+    w = random_weight(k, n, 128, seed=4)
+    made, x = recipe("vllm.marlin.awq", Problem.of(w, 20), hardware.gpu("h100")), random_activations(20, k, seed=4)
+    assert len(made.regions) > 1
+    whole = prepare(made, w).run(x)
     widths = []
     operands = prepared.operands
-    monkeypatch.setattr(prepared, "PANEL", 96 * K)
+    monkeypatch.setattr(prepared, "PANEL", 100 * k)
     monkeypatch.setattr(prepared, "operands", lambda r, w, part, *a: widths.append(part) or operands(r, w, part, *a))
     assert torch.equal(replay.replay(made, x, w), whole)
-    assert [(p.start, p.stop) for p in widths] == [(0, 64), (64, 128), (128, 192), (192, 256)]
+    assert [(p.start, p.stop) for p in widths] == [(at, at + 64) for at in range(0, n, 64)]
 
 
 def test_threads_follow_the_size_of_a_call(monkeypatch):

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from qlab.logprobs.detection import detect
 from qlab.logprobs.statistics import Figure
-from qlab.report import logprobs, logprobs_markdown
+from qlab.report import logprob_markdown, logprob_verdict, logprobs
 from qlab.serial import write_json
 from tests.logprobs import synthetic_runs as runs
 
@@ -68,7 +68,7 @@ def test_reasons_in_words():
     text = printed(lambda c: logprobs.show(r, c))
     assert text.count(runs.REASON) > 10
     assert "Did not run" in text
-    assert runs.REASON in logprobs_markdown.document(r)
+    assert runs.REASON in logprob_markdown.document(r)
 
 
 def test_equal_paths_are_told_as_classes():
@@ -112,7 +112,7 @@ def test_a_verdict():
     trace = [runs.scored(p, t, 6) for t in (runs.tokens_of(p, s) for s in range(8))]
     other = [runs.scored(p, s.tokens.tolist(), 6, 0.5) for s in trace]
     v = detect(trace, {"awq@h100": trace, "awq@h200": trace, "[awq]": other}, decimals=4)
-    text = printed(lambda c: c.print(logprobs.verdict(v)))
+    text = printed(lambda c: c.print(logprob_verdict.verdict(v)))
     assert "consistent with class {awq@h100, awq@h200}" in " ".join(text.replace("\u2502", " ").split())
     assert "[awq]" in text
     assert "4 decimals" in text
@@ -120,11 +120,11 @@ def test_a_verdict():
 
 
 def test_markdown(both, tmp_path):
-    text = logprobs_markdown.document(both)
+    text = logprob_markdown.document(both)
     for line in text.splitlines():
         if line.startswith("| Within A100, prefill"):
             assert line.count("|") == 6
     assert "| `awq` vs `awq_marlin`, A100 and H100 |" in text
     assert "5.00x" in text
     write_json(tmp_path / "r.json", both)
-    assert logprobs_markdown.document(type(both).read(tmp_path / "r.json")) == text
+    assert logprob_markdown.document(type(both).read(tmp_path / "r.json")) == text

@@ -1,4 +1,4 @@
-"""The log-probability experiment as Markdown tables: ``python -m qlab.report.logprobs_markdown RESULT.json``."""
+"""The log-probability experiment as Markdown tables: ``python -m qlab.report.logprob_markdown RESULT.json``."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _share(f: Figure) -> str:
     return f"{share(f.value)} {interval(percent)}" + ("" if math.isnan(f.low) else "%")
 
 
-@one_sentence("qlab.report.logprobs_markdown")
+@one_sentence("qlab.report.logprob_markdown")
 def main(
     result: Annotated[Path, typer.Argument(help="JSON that python -m qlab.logprobs experiment --json wrote")],
 ) -> None:

@@ -1,0 +1,71 @@
+"""``python -m qlab.logprobs detect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlab.command import check_output, one_sentence
+from qlab.errors import QlabError
+from qlab.logprobs.commands import options as o
+from qlab.logprobs.commands import study
+
+
+@one_sentence("qlab.logprobs detect")
+def main(
+    trace: Annotated[Path, typer.Argument(help="directory of the trace to judge")],
+    candidates: Annotated[
+        str, typer.Option(help="paths that may have made it, comma-separated: awq@a100,awq_marlin@h100:vllm,...")
+    ],
+    mode: Annotated[
+        str, typer.Option(help="[b]decode[/]: the trace's own steps; [b]prefill[/]: all as a prompt, faster and less exact")
+    ] = "decode",
+    alpha: Annotated[float, typer.Option(help="largest probability of rejecting the true candidate")] = 0.01,
+    top_k: Annotated[int | None, typer.Option(help="use so many log-probabilities per row, as an API gives", min=1)] = None,
+    decimals: Annotated[
+        int | None, typer.Option(help="round to so many decimals first, as an API does (4)", min=0, max=12)
+    ] = None,
+    awq: study.Awq = None,
+    gptq: study.Gptq = None,
+    any_model: Annotated[bool, typer.Option("--any-model", help="accept another checkpoint than the trace's")] = False,
+    device: o.Device = None,
+    out: Annotated[Path | None, typer.Option(help="folder that keeps finished runs; run again to go on")] = None,
+    json: o.Json = None,
+) -> None:
+    """Which candidate made a trace, from its log-probabilities alone: a verdict with its error rate, or `undecided`."""
+    check_output("--json", json)
+    runs = study.runs_folder(out)
+    # Heavy imports come after the options are read, so that --help answers at once.
+    from rich.console import Console
+
+    from qlab.engine.path import Path as EnginePath
+    from qlab.logprobs import trace as traces
+    from qlab.logprobs.cells import Store
+    from qlab.logprobs.detection import detect
+    from qlab.logprobs.maker import Maker
+    from qlab.logprobs.model import check_same
+    from qlab.logprobs.record import fed, imposed
+    from qlab.report import logprob_verdict as report
+    from qlab.serial import write_json
+
+    paths = [EnginePath.parse(text) for text in study.names("--candidates", candidates)]
+    given = traces.read(trace)
+    request = imposed(given, mode)  # type: ignore[arg-type]
+    columns = given.manifest.columns
+    if top_k is not None and top_k > columns:
+        raise QlabError(f"--top-k {top_k}: the trace lists {columns} log-probabilities per row; name {columns} or fewer")
+    maker = Maker({"awq": awq, "gptq": gptq}, "builtin", device, given.manifest.dtype, request.batching)
+    store, found = Store(runs), {}
+    with maker, o.bar("re-executing", len(paths) * fed(request)) as advance:
+        for path in paths:
+            bench = maker.bench(path)
+            check_same(given.manifest.model, maker.models[path.source or "gptq"], any_model=any_model)
+            found[str(path)] = store.run(bench, request, advance)
+    verdict = detect(given.sequences, found, alpha=alpha, top_k=top_k or columns, decimals=decimals)
+    try:
+        if json is not None:
+            write_json(json, verdict)
+    finally:  # a full disk shall not cost the answer as well
+        Console().print(report.verdict(verdict))

@@ -1,0 +1,35 @@
+"""The verdict on a trace for a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.panel import Panel
+from rich.text import Text
+
+from qlab.logprobs.detection import Verdict
+from qlab.report.logprobs import figure_cell, small
+from qlab.report.terminal import Titled, share
+
+
+def verdict(v: Verdict) -> RenderableType:
+    """A trace's verdict: the sentence, then each class."""
+    colour = {"consistent": "green", "named": "green"}.get(v.answer, "yellow")
+    table = Titled("Candidates", gap=2)
+    table.column("class", ratio=1)
+    for column in ("L2 from the trace", "equal rows", "p"):
+        table.column(column, justify="right", no_wrap=True)
+    for c in sorted(v.candidates, key=lambda c: c.distance.value):
+        kept = c.members in v.classes
+        p = Text(small(c.p) if c.p < 1 else "1", style="bold" if kept else "dim")
+        table.row(Text(", ".join(c.members), style="bold" if kept else ""), figure_cell(c.distance), share(c.equal_rows), p)
+    options = [f"top-{v.top_k}"] * (v.top_k is not None) + [f"{v.decimals} decimals"] * (v.decimals is not None)
+    lines = [
+        f"[bold {colour}]{escape(v.sentence)}[/]",
+        f"provided that one of the candidates generated it; {v.prompts} prompts",
+    ]
+    lines[-1] += f", smallest p {v.smallest_p:.2g}" + "".join(f"; {o}" for o in options)
+    if not any(c.identical for c in v.candidates):
+        lines.append("no candidate has the trace's bits: other parts of the model differ as well, or it was none of them")
+    panel = Panel(Text.from_markup("\n".join(lines)), title="verdict", title_align="left", expand=False)
+    return Group(panel, table)
