@@ -156,7 +156,7 @@ class _Sequence:
         if r.forced is not None:
             return r.forced[self.index][position - len(r.prompts[self.index])]
         if r.sampling.temperature:
-            return sampling.draw(exact, r.sampling, self.index, position)
+            return sampling.draw(exact, r.sampling, r.first + self.index, position)
         return int(sampling.largest(reported, 1))
 
     def scored(self, digests: Tensor | None) -> Scored:

@@ -18,7 +18,7 @@ class Collector:
     """Watches the linears of one run; ``fed`` tokens of each sequence go through the model."""
 
     def __init__(self, request: Request, names: Sequence[str], fed: Sequence[int], flip: Flip | None) -> None:
-        self.flip = flip
+        self.flip, self._first = flip, request.first
         self.order = {name: i for i, name in enumerate(names)}
         self.digests: list[Tensor] | None = None
         if request.digests:
@@ -39,7 +39,7 @@ class Collector:
         if self.flip is None or not linear.name.endswith(".o_proj"):
             return x
         layer = next(int(part) for part in linear.name.split(".") if part.isdecimal())
-        return self.flip.apply(x, layer, self._places)
+        return self.flip.apply(x, layer, [(self._first + s, position) for s, position in self._places])
 
     def leave(self, linear: Linear, x: Tensor, y: Tensor) -> None:
         m, name = len(x), linear.name

@@ -29,6 +29,10 @@ class Sampling:
     seed: int = 0
 
 
+ALONE = Batching()
+GREEDY = Sampling()
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """Sequences to compute. ``new_tokens`` are sampled after each prompt, or imposed where ``forced`` names them."""
@@ -39,8 +43,8 @@ class Request:
     """Tokens after each prompt, 1 or more; the last one is chosen but never fed to the model."""
     forced: tuple[tuple[int, ...], ...] | None = None
     """The tokens after each prompt, ``new_tokens`` of them, in place of sampling."""
-    batching: Batching = Batching()
-    sampling: Sampling = Sampling()
+    batching: Batching = ALONE
+    sampling: Sampling = GREEDY
     top_k: int = 5
     """Log-probabilities kept per row, the largest first; 0 keeps the whole vocabulary in order of ids."""
     wanted: tuple[Tensor, ...] | None = None
@@ -51,6 +55,8 @@ class Request:
     """Keep a digest of every row of every linear's output."""
     seed: int = 0
     """Of the order of atomics where a kernel is replayed."""
+    first: int = 0
+    """Number of the first sequence, for whatever is drawn at random by sequence: part of a request draws as the whole would."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,7 +35,7 @@ class Batching:
     """Sequences that are in the batch at once."""
 
     def steps(self, prompts: Sequence[int], fed: Sequence[int]) -> Steps:
-        """Steps for sequences of ``prompts`` tokens known at the start, ``fed`` tokens in all (the last sampled one is not fed).
+        """Steps for sequences of ``prompts`` tokens known at the start and ``fed`` in all (the last sampled one is not fed).
 
         Raises QlabError for a budget that cannot hold one token of every running sequence.
         """

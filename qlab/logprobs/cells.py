@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+import qlab
 from qlab.backends import registry
 from qlab.engine.path import Path
 from qlab.engine.run import Advance, Call, Engine, Request, Scored
@@ -88,6 +89,7 @@ class Store:
     def _key(self, bench: Bench, request: Request, sequence: int) -> str:
         wanted = None if request.wanted is None else [_hash(w) for w in request.wanted]
         parts = {
+            "qlab": qlab.__version__,
             "model": bench.model,
             "engine": bench.engine.name,
             "variant": bench.variant,
@@ -101,6 +103,7 @@ class Store:
             "wanted": wanted,
             "seed": request.seed if bench.repeats else 0,
             "sequence": sequence,
+            "first": request.first if request.sampling.temperature or bench.variant else 0,
         }
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -140,7 +143,7 @@ class Store:
 def _alone(request: Request, i: int) -> Request:
     forced = None if request.forced is None else (request.forced[i],)
     wanted = None if request.wanted is None else (request.wanted[i],)
-    return replace(request, prompts=(request.prompts[i],), forced=forced, wanted=wanted)
+    return replace(request, prompts=(request.prompts[i],), forced=forced, wanted=wanted, first=request.first + i)
 
 
 def _hash(t: Tensor) -> str:

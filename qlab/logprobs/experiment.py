@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlab import environment
 from qlab.engine.path import Path
-from qlab.engine.run import Advance, Request, Sampling, Scored
+from qlab.engine.run import ALONE, GREEDY, Advance, Request, Sampling, Scored
 from qlab.engine.schedule import Batching
 from qlab.logprobs.cells import Bench, Sequences, Store, attempt, decode_of, prefill_of
 from qlab.logprobs.maker import Maker
@@ -26,8 +26,6 @@ KEPT = 20
 """Log-probabilities kept of a re-execution, so that the generator's few are among them."""
 Wanted = dict[tuple[int, tuple[int, ...]], Tensor]
 """Ids per row, by the place of a sequence and its tokens."""
-DEFAULT = Batching()
-GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Plan:
     prompts: tuple[tuple[int, ...], ...]
     new_tokens: int = 32
     top_k: int = 5
-    batching: Batching = DEFAULT
+    batching: Batching = ALONE
     sampling: Sampling = GREEDY
     seed: int = 0
     batches: Mapping[str, Batching] = field(default_factory=dict)
