@@ -2,8 +2,8 @@
 
 A table stands between ``<!-- table: FILE kernels -->`` and ``<!-- end -->``; other openings are ``<!-- table: FILE pairs
 KERNEL,... -->``, ``<!-- table: FILE against -->``, ``<!-- speed: FILE KERNEL,... -->``, ``<!-- logprobs: FILE floor -->`` (or
-``across``, ``batches``, ``GPU,MODE``) and, with a FILE alone, ``perplexity``, ``recordings``, ``proof``, ``replay``, ``cross`` and
-``causes``. A test fails when README.md does not hold what this writes.
+``across``, ``batches``, ``GPU,MODE``) and, with a FILE alone, ``perplexity``, ``recordings``, ``proof``, ``replay``, ``cross``
+and ``causes``. A test fails when README.md does not hold what this writes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from qlab.report.terminal import number, share
 from qlab.serial import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
+KINDS = "table|perplexity|recordings|speed|proof|replay|cross|causes|logprobs"
 BLOCK = re.compile(
-    r"(<!-- (table|perplexity|recordings|speed|proof|replay|cross|causes|logprobs): (\S+)(?: (kernels|pairs|against))?(?: (\S+))? -->\n).*?"
-    r"(<!-- end -->)",
+    rf"(<!-- ({KINDS}): (\S+)(?: (kernels|pairs|against))?(?: (\S+))? -->\n).*?(<!-- end -->)",
     re.DOTALL,
 )
 
@@ -86,7 +86,8 @@ def _logprobs(path: Path, what: str) -> str:
 def _causes(path: Path) -> str:
     c = Causes.read(path)
     e = c.environment
-    note = f"{c.prompts} prompts, {c.tokens:,} rows; {c.methods[0]} against {c.methods[1]}, {c.generator} to {c.verifier}; torch {e.torch}"
+    what = f"{c.methods[0]} against {c.methods[1]}, {c.generator} to {c.verifier}"
+    note = f"{what}; {c.prompts} prompts, {c.tokens:,} rows; {e.gpu or e.cpu}, torch {e.torch}"
     return f"{causes.markdown(c)}\n\n<sub>{note}. From `{path.relative_to(ROOT)}`.</sub>"
 
 

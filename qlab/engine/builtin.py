@@ -7,6 +7,7 @@ from log-probabilities as they are reported, in float32.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path as File
 
 import torch
@@ -67,6 +68,12 @@ class Builtin:
                 f"name one of {path.source}"
             )
         self.model = Llama(files, path, device, native if self.native else False)
+
+    def moved(self, flip: Flip) -> Builtin:
+        """The same engine, its tensors shared, with attention's outputs moved."""
+        other = copy.copy(self)
+        other.flip = flip
+        return other
 
     def run(self, request: Request, advance: Advance = lambda tokens: None) -> Run:
         """Raises UnsupportedError before any work where a step cannot be computed here, QlabError for a bad request."""

@@ -2,13 +2,15 @@
 
 The linear layers differ by their kernels, pinned or as vLLM dispatches them. For the rest of the model, whose kernels are not
 modelled, a share of attention's outputs is moved by one unit in the last place: a curve over all shares, since nobody knows
-another GPU's attention kernel. Signal and noise are the experiment's, of prefilled tokens (qlab/logprobs/tables.py).
+another GPU's attention kernel. Signal and noise are the experiment's, of prefilled tokens (qlab/logprobs/tables.py), the noise
+in one direction, from the generator's GPU to the verifier's. As there, a re-execution is a run of its own: a verifier does not
+know in which order the generator's atomics added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path as File
 
 import numpy as np
@@ -116,14 +118,12 @@ class Study:
         if generator not in self._generated:
             self._generated[generator] = self._run(generator, 0.0, self.plan.request())
         else:
-            self.advance(self._fed())
+            self.advance(self.plan.fed)
         request = prefill_of(self._generated[generator], self.plan.request())
-        own, other = self._run(generator, 0.0, request), self._run(verifier, share, request)
+        again = replace(request, seed=request.seed + 1)
+        own, other = self._run(generator, 0.0, request), self._run(verifier, share, again)
         return np.asarray(distances(own, other, top_k=self.plan.top_k))
 
     def _run(self, path: Path, share: float, request: Request) -> Sequences:
         flip = Flip(share, self.plan.seed) if share else None
         return self.store.run(self.bench(path, flip), request, self.advance)
-
-    def _fed(self) -> int:
-        return sum(len(p) + self.plan.new_tokens - 1 for p in self.plan.prompts)

@@ -1,7 +1,7 @@
 """Runs that an experiment is made of, each computed once and kept on disk, so that an interrupted experiment goes on.
 
-A run is one sequence under one engine. Its key is a digest of everything that decides its numbers: model, engine, path, tokens,
-schedule, sampling. Whoever asks for the same run again, under whatever name, gets the kept one.
+A run is one sequence under one engine. Its key is a digest of everything that decides its numbers: model, engine, path, dtype,
+tokens, schedule, sampling. Whoever asks for the same run again, under whatever name, gets the kept one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from qlab.errors import QlabError, UnsupportedError
 from qlab.serial import from_plain, to_plain, write_whole
 
 SCHEMA = "qlab.logprobs.run/1"
+PARTS = ("tokens", "ids", "logprobs")
 Sequences = tuple[Scored, ...]
 
 
@@ -38,9 +39,14 @@ class Bench:
     """What else distinguishes the engine: flipped attention outputs, an attention backend."""
 
     @property
+    def native(self) -> bool:
+        """Whether kernels run natively, or may do so."""
+        return bool(getattr(self.engine, "native", True))
+
+    @property
     def repeats(self) -> bool:
         """Whether a second run could give other bits: a kernel that runs natively, or atomics in another order."""
-        return getattr(self.engine, "native", True) or not _ordered(self.engine.path)
+        return self.native or not _ordered(self.engine.path)
 
 
 def _ordered(path: Path) -> bool:
@@ -67,10 +73,12 @@ class Store:
     _known: dict[str, Kept] = field(default_factory=dict)
 
     def run(self, bench: Bench, request: Request, advance: Advance = lambda tokens: None) -> Sequences:
-        """The request's sequences. With one sequence in the batch at a time each is a run of its own, computed once.
+        """The request's sequences, without digests: rows of linears are not kept. With one sequence in the batch at a time each
+        is a run of its own, computed once.
 
         Raises UnsupportedError where the path cannot be computed here.
         """
+        request = replace(request, taps=frozenset(), digests=False)
         if request.batching.together > 1:
             return self._some(bench, request, advance)
         return tuple(self._some(bench, _alone(request, i), advance)[0] for i in range(len(request.prompts)))
@@ -88,22 +96,25 @@ class Store:
 
     def _key(self, bench: Bench, request: Request, sequence: int) -> str:
         wanted = None if request.wanted is None else [_hash(w) for w in request.wanted]
+        sampled = request.forced is None and request.sampling.temperature > 0
         parts = {
             "qlab": qlab.__version__,
             "model": bench.model,
             "engine": bench.engine.name,
             "variant": bench.variant,
             "path": str(bench.engine.path),
+            "dtype": str(getattr(bench.engine, "dtype", "")),
+            "native": bench.native,
             "prompts": request.prompts,
             "forced": request.forced,
             "new_tokens": request.new_tokens,
             "batching": [request.batching.budget, request.batching.together],
-            "sampling": [request.sampling.temperature, request.sampling.seed],
+            "sampling": [request.sampling.temperature, request.sampling.seed] if sampled else None,
             "top_k": request.top_k,
             "wanted": wanted,
             "seed": request.seed if bench.repeats else 0,
             "sequence": sequence,
-            "first": request.first if request.sampling.temperature or bench.variant else 0,
+            "first": request.first if sampled or bench.variant else 0,
         }
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -112,8 +123,11 @@ class Store:
             return self._known.get(key)
         try:
             with safe_open(self.folder / f"{key}.safetensors", "pt") as f:
-                about = json.loads(f.metadata()["run"])
-                parts = [f.get_tensor(name) for name in ("tokens", "ids", "logprobs")]
+                run, digest = (f.metadata()[name] for name in ("run", "sha256"))
+                parts = [f.get_tensor(name) for name in PARTS]
+            if digest != _digest(key, run, parts):
+                return None
+            about = json.loads(run)
             calls = tuple(from_plain(Call, c) for c in about["calls"])
             found = Kept(about["path"], Scored(parts[0], about["prompt"], parts[1], parts[2]), calls)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # absent or damaged: it is computed again
@@ -126,9 +140,10 @@ class Store:
         if self.folder is None:
             return
         s = kept.scored
-        about = {"path": kept.path, "prompt": s.prompt, "calls": to_plain(kept.calls)}
-        tensors = {name: t.cpu().contiguous() for name, t in (("tokens", s.tokens), ("ids", s.ids), ("logprobs", s.logprobs))}
-        write_whole(self.folder / f"{key}.safetensors", save(tensors, metadata={"schema": SCHEMA, "run": json.dumps(about)}))
+        run = json.dumps({"path": kept.path, "prompt": s.prompt, "calls": to_plain(kept.calls)})
+        tensors = {name: t.cpu().contiguous() for name, t in zip(PARTS, (s.tokens, s.ids, s.logprobs), strict=True)}
+        about = {"schema": SCHEMA, "run": run, "sha256": _digest(key, run, list(tensors.values()))}
+        write_whole(self.folder / f"{key}.safetensors", save(tensors, metadata=about))
 
     def called(self, path: str) -> tuple[Call, ...]:
         """Every kind of call that the runs on a path made, in the order of linears and M."""
@@ -148,6 +163,14 @@ def _alone(request: Request, i: int) -> Request:
 
 def _hash(t: Tensor) -> str:
     return hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _digest(key: str, run: str, parts: Sequence[Tensor]) -> str:
+    """Of a kept run with its key: safetensors checks its header alone."""
+    h = hashlib.sha256(f"{key} {run}".encode())
+    for t in parts:
+        h.update(f"{t.dtype} {tuple(t.shape)} {_hash(t)}".encode())
+    return h.hexdigest()
 
 
 def attempt(work: Callable[[], Sequences]) -> Sequences | str:

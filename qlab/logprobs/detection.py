@@ -6,6 +6,7 @@ prompt hang together, so that prompts are the unit: n prompts allow no p below 1
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -95,7 +96,10 @@ def detect(
         scores[name] = np.array([norm(c.distances[r]) for c, r in zip(pairs, kept, strict=True)])
         if not np.isfinite(scores[name]).all():
             raise QlabError(f"candidate {name}: some of its log-probabilities or the trace's are not finite; leave it out")
-        digests[name] = "".join(c.values[r].numpy().tobytes().hex() for c, r in zip(pairs, kept, strict=True))
+        values = hashlib.sha256()
+        for c, r in zip(pairs, kept, strict=True):
+            values.update(c.values[r].contiguous().numpy().tobytes())
+        digests[name] = values.hexdigest()
         rights = np.concatenate([c.identical[r].numpy() for c, r in zip(pairs, kept, strict=True)])
         equal[name] = float(rights.mean()) if len(rights) else 1.0
     classes = equivalence_classes(digests)
@@ -154,22 +158,24 @@ def _judge(found: Sequence[Candidate], alpha: float, prompts: int) -> tuple[str,
     Only the true candidate's rejection is an error, and there is one true candidate, so that the error rate is that of a single
     test however many candidates there are.
     """
-    few = f"; {prompts} prompts cannot give p < 0.01, 7 can" if prompts < 7 else ""
+    number = "1 prompt" if prompts == 1 else f"{prompts} prompts"
+    few = f"; {number} cannot give p < 0.01, 7 can" if prompts < 7 else ""
     for c in found:
         if c.identical:
             error = max((o.p for o in found if o is not c), default=1.0)
-            rate = (
-                f"the others are rejected at p <= {error:.2g}{few}"
-                if len(found) > 1
-                else "there is no other class to tell it from"
-            )
+            if len(found) == 1:
+                rate = "there is no other class to tell it from"
+            elif error <= alpha:
+                rate = f"the others are rejected at p <= {error:.2g}"
+            else:
+                rate = f"every other class has other bits, but not all are rejected: p up to {error:.2g}{few}"
             return "consistent", (c.members,), error, f"consistent with class {name(c.members)}; {rate}"
     left = tuple(c.members for c in found if c.p > alpha)
     if len(left) == 1 and len(found) > 1:
         return "named", left, alpha, f"class {name(left[0])}, at an error rate of {alpha:g}"
     if len(found) == 1:
         return "undecided", left, alpha, "undecided: all candidates have the same bits, and the trace has others"
-    survivors = " or ".join(name(members) for members in left)
+    survivors = " and ".join(name(members) for members in left)
     return "undecided", left, alpha, f"undecided between {survivors}, at an error rate of {alpha:g}{few}"
 
 

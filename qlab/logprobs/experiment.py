@@ -56,18 +56,23 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Tokens that the whole experiment feeds to models, for a progress bar."""
-        fed = sum(len(p) + self.new_tokens - 1 for p in self.prompts)
         n = len(self.paths)
-        return fed * (2 * n + n + 2 * n * n + n * len(self.batches))
+        return self.fed * (2 * n + 2 * n * n + n * len(self.batches))
+
+    @property
+    def fed(self) -> int:
+        """Tokens that one cell feeds to a model: each sequence but for its last token."""
+        return sum(len(p) + self.new_tokens - 1 for p in self.prompts)
 
 
-def other_batches(batching: Batching, longest: int) -> dict[str, Batching]:
-    """The schedules that a server mixes: a prompt whole, token by token, with three others beside it."""
-    return {
-        "whole": Batching(max(longest, batching.budget), 1),
-        "token by token": Batching(1, 1),
-        "beside 3 others": Batching(batching.budget, 4),
-    }
+def other_batches(batching: Batching, longest: int, prompts: int = 4) -> dict[str, Batching]:
+    """The schedules that a server mixes: a prompt whole, token by token, with three others beside it, or what there is."""
+    found = {"whole": Batching(max(longest, batching.budget), 1), "token by token": Batching(1, 1)}
+    together = min(4, prompts)
+    if together > 1:
+        others = f"{together - 1} others" if together > 2 else "another"
+        found[f"beside {others}"] = Batching(max(batching.budget, together), together)
+    return found
 
 
 def compute(plan: Plan, bench: Callable[[Path], Bench], store: Store, advance: Advance = lambda tokens: None) -> Cells:
@@ -75,11 +80,15 @@ def compute(plan: Plan, bench: Callable[[Path], Bench], store: Store, advance: A
     request = plan.request()
     again = replace(request, seed=plan.seed + 1)
     benches = {p: bench(p) for p in plan.paths}
-    progress = _Progress(advance, sum(len(p) + plan.new_tokens - 1 for p in plan.prompts))
+    progress = _Progress(advance, plan.fed)
 
     def run(path: Path, asked: Request) -> Sequences | str:
         with progress.cell():
             return attempt(lambda: store.run(benches[path], asked, progress.advance))
+
+    def refuse(reason: str) -> str:
+        with progress.cell():
+            return reason
 
     cells = Cells()
     for p in plan.paths:
@@ -91,13 +100,15 @@ def compute(plan: Plan, bench: Callable[[Path], Bench], store: Store, advance: A
         generated = cells.recordings[g]
         for r in plan.paths:
             if isinstance(generated, str):
-                cells.prefill[g, r] = cells.decode[g, r] = generated
+                cells.prefill[g, r] = refuse(generated)
+                cells.decode[g, r] = generated if g == r else refuse(generated)
                 continue
             asked = replace(request if g == r else again, wanted=_of(wanted, generated))
             cells.prefill[g, r] = run(r, prefill_of(generated, asked))
             cells.decode[g, r] = cells.recordings[g] if g == r else run(r, decode_of(generated, asked))
         if isinstance(generated, str):
-            cells.prefill_again[g] = generated
+            cells.prefill_again[g] = refuse(generated)
+            cells.batches.update({(g, name): refuse(generated) for name in plan.batches})
             continue
         once_more = prefill_of(generated, replace(again, wanted=_of(wanted, generated)))
         cells.prefill_again[g] = run(g, once_more)

@@ -46,12 +46,12 @@ def check_same(generator: Model, model: Model, *, any_model: bool = False) -> No
     if generator.vocabulary != model.vocabulary:
         raise QlabError(
             f"the trace's model {generator.name} has {generator.vocabulary} token ids, {model.name} {model.vocabulary}; "
-            "name a checkpoint of the same model with --model"
+            "name a checkpoint of the same model"
         )
     if any_model or generator.digest == model.digest or {generator.digest, model.digest} <= set(_shipped()):
         return
     raise QlabError(
-        f"the trace was made with {_said(generator)}, and this is {_said(model)}; name that checkpoint with --model, or say "
+        f"the trace was made with {_said(generator)}, and this is {_said(model)}; name that checkpoint, or say "
         "--any-model if the other one is meant"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +23,7 @@ def show(c: Causes, console: Console) -> None:
     lines = [
         *map(escape, c.models),
         f"{c.methods[0]} or {c.methods[1]}: generated on {c.generator}, re-executed on {c.verifier}",
-        f"{c.prompts} prompts, {c.tokens} rows; {escape(e.gpu or e.cpu)}; torch {e.torch}; {c.seconds:.1f} s",
+        f"{cells.prompts(c.prompts)}, {c.tokens} rows; {escape(e.gpu or e.cpu)}; torch {e.torch}; {c.seconds:.1f} s",
         "mean L2 over prompts, in brackets its 95% bootstrap interval over prompts",
     ]
     console.print(Panel(Text.from_markup("\n".join(lines)), title="qlab.logprobs causes", title_align="left", expand=False))
@@ -60,6 +61,11 @@ def noise(c: Causes) -> Titled:
         share = f"{of_share[0].share:g}"
         t.row(share, *(cells.snr_cell(s.snr) for s in of_share), cells.figure_cell(of_share[-1].noise))
     return t
+
+
+def drawable(c: Causes) -> bool:
+    """Whether a share left a finite SNR, so that there is a curve."""
+    return any(s.share > 0 and 0 < s.snr.value < math.inf for s in c.settings)
 
 
 def plot(c: Causes, path: Path) -> None:

@@ -15,7 +15,7 @@ from qlab.errors import QlabError
 from qlab.logprobs.statistics import Figure
 from qlab.logprobs.tables import ExperimentResult, Matrix
 from qlab.logprobs.telling import Telling
-from qlab.report.logprobs import interval, names, small, title
+from qlab.report.logprobs import auc_interval, interval, names, small, title
 from qlab.serial import write_whole
 
 FORMATS = ("png", "svg", "pdf")
@@ -64,7 +64,7 @@ def roc(tellings: Sequence[Telling], path: Path) -> None:
                     color=COLOURS[i % len(COLOURS)],
                     linewidth=2 + 1.6 * (len(group) - 1 - i),
                     solid_capstyle="round",
-                    label=f"{t.claimed} or {t.other}: {t.auc.value:.3f} [{t.auc.low:.2f}, {t.auc.high:.2f}]",
+                    label=f"{t.claimed} or {t.other}: {t.auc.value:.3f} {auc_interval(t.auc)}",
                 )
             ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
             ax.set_xlabel("false positives", fontsize=9)
@@ -189,7 +189,7 @@ def _draw(ax: Any, m: Matrix, norm: Any) -> Any:
             ink = "white" if v > 0 and _dark(fill) else "#222222"
             below = ""
             if e.figure is None:
-                text, ink = e.reason.split(":")[0][:10] or "-", "#777777"
+                text, ink = "opaque" if e.reason.startswith("opaque: ") else "not run", "#777777"
             elif v == math.inf:
                 below = f"{e.figure.infinite}/{e.figure.prompts} split"
             elif v > 0 and not math.isnan(e.figure.low):

@@ -11,7 +11,7 @@ import typer
 from qlab.command import one_sentence
 from qlab.logprobs.statistics import Figure
 from qlab.logprobs.tables import Entry, ExperimentResult, Matrix, Tables
-from qlab.report.logprobs import SPREAD_UNKNOWN, auc_interval, count, figure, interval, names, spread, times, title
+from qlab.report.logprobs import SPREAD_UNKNOWN, auc_interval, count, figure, interval, names, prompts, spread, times, title
 from qlab.report.markdown import table
 from qlab.report.terminal import share
 
@@ -66,7 +66,7 @@ def caption(r: ExperimentResult) -> str:
     e, p = r.environment, r.prompts
     where = f"{e.gpu}, driver {e.driver}" if e.gpu else e.cpu
     return (
-        f"{', '.join(r.models)}; {p.count} prompts, {p.tokens} tokens, {p.new_tokens} generated each, top-{r.top_k}; "
+        f"{', '.join(r.models)}; {prompts(p.count)}, {p.tokens} tokens, {p.new_tokens} generated each, top-{r.top_k}; "
         f"{r.engine} on {where}; torch {e.torch}; prompts {p.digest[:16]}; mean L2 [95% bootstrap interval over prompts]"
     )
 

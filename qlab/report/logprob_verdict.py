@@ -8,7 +8,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from qlab.logprobs.detection import Verdict
-from qlab.report.logprobs import figure_cell, small
+from qlab.report.logprobs import figure_cell, prompts, small
 from qlab.report.terminal import Titled, share
 
 
@@ -26,10 +26,13 @@ def verdict(v: Verdict) -> RenderableType:
     options = [f"top-{v.top_k}"] * (v.top_k is not None) + [f"{v.decimals} decimals"] * (v.decimals is not None)
     lines = [
         f"[bold {colour}]{escape(v.sentence)}[/]",
-        f"provided that one of the candidates generated it; {v.prompts} prompts",
+        f"provided that one of the candidates generated it; {prompts(v.prompts)}",
     ]
     lines[-1] += f", smallest p {v.smallest_p:.2g}" + "".join(f"; {o}" for o in options)
     if not any(c.identical for c in v.candidates):
-        lines.append("no candidate has the trace's bits: other parts of the model differ as well, or it was none of them")
+        lines.append(
+            "no candidate has the trace's bits: the order of atomics, the batches or other parts of the model differ as well, "
+            "or it was none of them"
+        )
     panel = Panel(Text.from_markup("\n".join(lines)), title="verdict", title_align="left", expand=False)
     return Group(panel, table)

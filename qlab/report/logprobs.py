@@ -12,7 +12,7 @@ from rich.text import Text
 
 from qlab.logprobs.detection import name as class_name
 from qlab.logprobs.statistics import Figure
-from qlab.logprobs.tables import Entry, ExperimentResult, Matrix, Spread, Tables
+from qlab.logprobs.tables import AcrossRow, Entry, ExperimentResult, Matrix, Spread, Tables
 from qlab.logprobs.telling import Telling
 from qlab.report.terminal import Titled, share
 
@@ -32,8 +32,9 @@ def show_tables(t: Tables, console: Console) -> None:
     console.print(noise_floor_table(t))
     for m in t.within:
         console.print(matrix_table(m, console.width), matrix_notes(m))
-    if t.across:
-        console.print(across_table(t))
+    if t.full:
+        console.print(full_notes(t))
+    console.print(*across_tables(t))
     if t.batches:
         console.print(batch_table(t))
     if t.detection:
@@ -47,7 +48,8 @@ def header(r: ExperimentResult) -> RenderableType:
     where = f"{e.gpu}, driver {e.driver}" if e.gpu else e.cpu
     lines = [
         *map(escape, r.models),
-        f"{p.count} prompts of {p.tokens} tokens together, {p.new_tokens} generated each, digest [bold]{p.digest[:16]}[/]; "
+        f"{prompts(p.count)} of {p.tokens} tokens{' together' * (p.count > 1)}, {p.new_tokens} generated each, "
+        f"digest [bold]{p.digest[:16]}[/]; "
         f"top-{r.top_k}",
         f"engine [bold]{escape(r.engine)}[/] on {escape(where)}; torch {e.torch}; {r.seconds:.1f} s",
         "mean L2 over prompts, in brackets its 95% bootstrap interval over prompts",
@@ -80,16 +82,22 @@ def names(m: Matrix) -> list[str]:
 def matrix_table(m: Matrix, width: int = 100) -> Titled:
     """Rows generate, columns re-execute; numbered columns where names do not fit the width."""
     labels = names(m)
-    widest = max(map(len, labels))
-    fit = widest + 2 + sum(max(len(label), 14) + 2 for label in labels) <= width
+    columns = [[stacked(row[j]) for row in m.cells] for j in range(len(labels))]
+    widest = [max(len(label), *map(cell_width, column)) for label, column in zip(labels, columns, strict=True)]
+    fit = max(map(len, labels)) + 4 + sum(w + 2 for w in widest) <= width
     who = "each path continues on its own" if m.mode == "decode, free" else "rows generate, columns re-execute"
     table = Titled(f"{title(m)} ({who})", gap=2 if fit else 1)
-    table.column("", no_wrap=True)
+    table.column("", no_wrap=fit)
     for i, label in enumerate(labels):
         table.column(label if fit else str(i + 1), justify="right", no_wrap=fit)
-    for i, (label, row) in enumerate(zip(labels, m.cells, strict=True)):
-        table.row(label if fit else f"{i + 1:>2} {label}", *(stacked(e) for e in row))
+    for i, (label, *row) in enumerate(zip(labels, *columns, strict=True)):
+        table.row(label if fit else f"{i + 1:>2} {label}", *row)
     return table
+
+
+def cell_width(t: Text) -> int:
+    """Of its longest line."""
+    return max(map(len, t.plain.splitlines()), default=0)
 
 
 def matrix_notes(m: Matrix) -> Text:
@@ -104,36 +112,56 @@ def matrix_notes(m: Matrix) -> Text:
     return Text("\n".join([*lines, ""]))
 
 
+def prompts(number: int) -> str:
+    """``1 prompt``, ``2 prompts``."""
+    return "1 prompt" if number == 1 else f"{number} prompts"
+
+
+def full_notes(t: Tables) -> Text:
+    """Of the matrices of all paths, which the figures show: the paths that are one function."""
+    lines = ["All paths, over every generator"]
+    for m in t.full:
+        together = [class_name(c) for c in m.classes if len(c) > 1]
+        lines.append(
+            f"  {m.mode}: " + (f"equal in all bits: {', '.join(together)}" if together else "no two are equal in all bits")
+        )
+    found = Text("\n".join([*lines, ""]))
+    found.stylize("bold", 0, len(lines[0]))
+    return found
+
+
 def spread(s: Spread) -> str:
     """In one line."""
     return f"off the diagonal: mean {figure(s.mean)}, range {small(s.low)} to {small(s.high)}"
 
 
-def across_table(t: Tables) -> Titled:
-    """The pairwise table across hardware."""
-    gpus = dict.fromkeys(row.gpus for row in t.across)
-    where = f" {' and '.join(g.upper() for g in next(iter(gpus)))}" if len(gpus) == 1 else ""
-    table = Titled(f"Across{where}: signal within a GPU, noise between GPUs", gap=2)
-    table.column("pair", no_wrap=True)
-    if not where:
-        table.column("GPUs", no_wrap=True)
+def across_tables(t: Tables) -> list[Titled]:
+    """The pairwise table across hardware, one per two GPUs."""
+    return [
+        _across(gpus, [row for row in t.across if row.gpus == gpus]) for gpus in dict.fromkeys(row.gpus for row in t.across)
+    ]
+
+
+def _across(gpus: Sequence[str], rows: Sequence[AcrossRow]) -> Titled:
+    table = Titled(f"Across {' and '.join(g.upper() for g in gpus)}: signal within a GPU, noise between GPUs", gap=2)
+    table.column("pair")
     for column in ("Signal", "Noise", "SNR"):
-        table.column(column, justify="right")
-    for row in t.across:
-        first = [f"{row.methods[0]} vs {row.methods[1]}"] + ([] if where else [", ".join(row.gpus)])
+        table.column(column, justify="right", no_wrap=column != "Signal")
+    for row in rows:
+        pair = f"{row.methods[0]} vs {row.methods[1]}"
         if row.signal and row.noise and row.snr:
-            table.row(*first, figure_cell(row.signal), figure_cell(row.noise), snr_cell(row.snr))
+            table.row(pair, figure_cell(row.signal), figure_cell(row.noise), snr_cell(row.snr))
         else:
-            table.row(*first, reason(row.reason), "-", "-")
+            table.row(pair, reason(row.reason), "-", "-")
     return table
 
 
 def batch_table(t: Tables) -> Titled:
     """The same tokens in other batches."""
-    table = Titled("Same tokens in another batch", gap=2)
-    table.column("path", no_wrap=True)
+    table = Titled("Same tokens in another batch", gap=1)
+    table.column("path")
     table.column("schedule", no_wrap=True)
-    for column in ("L2", "rows that differ", "argmax flips", "largest"):
+    for column in ("L2", "rows that\ndiffer", "argmax\nflips", "largest"):
         table.column(column, justify="right")
     last = ""
     for row in t.batches:
@@ -147,14 +175,13 @@ def batch_table(t: Tables) -> Titled:
 def detection_table(tellings: Sequence[Telling]) -> Titled:
     """Who can tell a claimed path from another, and with how many tokens."""
     table = Titled("Detection: per-prompt scores of a claimed path against another's", gap=2)
-    table.column("claimed")
-    table.column("in truth")
+    table.column("claimed,\nin truth")
     table.column("verifier")
-    table.column("AUC", justify="right")
+    table.column("AUC", justify="right", no_wrap=True)
     table.column("tokens for 99% power\nat 1% false positives", justify="right")
     for d in tellings:
         tokens = Text("cannot be told", style="dim") if _blind(d) else tokens_cell(d)
-        table.row(d.claimed, d.other, d.verifier, _lines(f"{d.auc.value:.3f}", auc_interval(d.auc)), tokens)
+        table.row(f"{d.claimed}\n{d.other}", d.verifier, _lines(f"{d.auc.value:.3f}", auc_interval(d.auc)), tokens)
     return table
 
 
@@ -168,7 +195,7 @@ def tokens_cell(d: Telling) -> Text:
         return Text(SPREAD_UNKNOWN, style="dim")
     below = "one prompt" if math.isnan(d.tokens.low) else f"[{count(d.tokens.low)}, {count(d.tokens.high)}]"
     if d.resampled:
-        below += f"; resampled {count(d.resampled.value)} [{count(d.resampled.low)}, {count(d.resampled.high)}]"
+        below += f"\nresampled {count(d.resampled.value)} [{count(d.resampled.low)}, {count(d.resampled.high)}]"
     return _lines(count(d.tokens.value), below)
 
 
@@ -201,7 +228,10 @@ def stacked(e: Entry) -> Text:
     if not e.figure.infinite:
         return figure_cell(e.figure)
     split = f"{e.figure.infinite} of {e.figure.prompts} split"
-    return _lines("inf", split if e.together is None else f"{split}\nelse {figure(e.together)}")
+    if e.together is None:
+        return _lines("inf", split)
+    value, _, ends = figure(e.together).partition(" ")
+    return _lines("inf", f"{split}\nelse {value}" + (f"\n{ends}" if ends else ""))
 
 
 def figure_cell(f: Figure) -> Text:

@@ -44,7 +44,7 @@ class FakeEngine:
                 state = embedding[tokens[t]] + (embedding[tokens[t - 1]] / 2 if t else 0)
                 states.append(state)
                 logits = (embedding @ state).clone()
-                logits[zlib.crc32(bytes([t % 256, i])) % self.vocabulary] += self.shift
+                logits[zlib.crc32(bytes([t % 256])) % self.vocabulary] += self.shift
                 logp = logits.log_softmax(0).float()
                 every.append(logp)
                 if t + 1 == len(tokens):

@@ -115,7 +115,7 @@ def test_a_trace_with_noise_of_its_own():
     assert v.sentence == "class {right, twin}, at an error rate of 0.01"
     v = detect(trace, {"right": sequences(8, 0.01), "same noise": sequences(9, 0.01)})
     assert v.answer == "undecided"
-    assert v.sentence == "undecided between {right} or {same noise}, at an error rate of 0.01"
+    assert v.sentence == "undecided between {right} and {same noise}, at an error rate of 0.01"
 
 
 def test_few_prompts_say_so():

@@ -128,3 +128,29 @@ def test_markdown(both, tmp_path):
     assert "5.00x" in text
     write_json(tmp_path / "r.json", both)
     assert logprob_markdown.document(type(both).read(tmp_path / "r.json")) == text
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_every_name_and_interval_is_whole(width):
+    """Three GPUs and cells with tokens that split: the widest tables there are."""
+    r = runs.result(("a100", "h100", "h200"))
+    text = printed(lambda c: logprobs.show(r, c), width)
+    words = {r.tables.noise_floor[i].path for i in range(12)}
+    words |= {f"{a} vs {b}" for a, b in (row.methods for row in r.tables.across)}
+    words |= {f"Across {a.upper()} and {b.upper()}" for a, b in (row.gpus for row in r.tables.across)}
+    for m in r.tables.within:
+        for e in (e for row in m.cells for e in row if not e.identical):
+            shown = e.together if e.figure.infinite else e.figure
+            words |= set(logprobs.figure(shown).split(" ", 1)) if shown else {"8 of 8 split"}
+    for row in r.tables.across:
+        words |= {word for f in (row.signal, row.noise) for word in logprobs.figure(f).split(" ", 1)}
+    for d in r.tables.detection:
+        words |= {d.claimed, d.other, d.verifier, logprobs.auc_interval(d.auc)}
+    assert len(words) > 40
+    assert {w for w in words if w not in text} == set()
+
+
+def test_classes_across_gpus_are_said():
+    text = printed(lambda c: logprobs.show(runs.result(("h100", "h200"), methods=("awq", "awq_marlin")), c), 120)
+    assert "  prefill: equal in all bits: {awq@h100, awq@h200}, {awq_marlin@h100, awq_marlin@h200}" in text
+    assert "All paths" not in printed(lambda c: logprobs.show(runs.result(("h100",)), c), 120)

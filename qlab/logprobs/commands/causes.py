@@ -41,12 +41,11 @@ def main(
     check_output("--json", json)
     check_output("--plot", plot, FIGURES)
     arguments = study.typed(locals())
-    runs = study.runs_folder(out)
     pair = study.names("--methods", methods)
     if len(pair) != 2:
         raise QlabError(f"--methods {methods}: name two methods, separated by a comma")
     moved = _shares(shares)
-    first = o.parse_path(pair[0], generator, "pinned")
+    paths = [o.parse_path(m, gpu, "pinned") for gpu in (generator, verifier) for m in pair]
     # Heavy imports come after the options are read, so that --help answers at once.
     from rich.console import Console
 
@@ -55,17 +54,17 @@ def main(
     from qlab.logprobs import causes as c
     from qlab.logprobs.cells import Store
     from qlab.logprobs.experiment import Plan
-    from qlab.logprobs.maker import Maker
+    from qlab.logprobs.maker import Maker, family
     from qlab.report import causes as report
     from qlab.serial import write_json
 
-    maker = Maker({"awq": awq, "gptq": gptq}, "builtin", device, dtype, Batching(chunk))
-    given = study.given_prompts(prompts, maker.directory(first), tokens, count)
+    maker = Maker({"awq": awq, "gptq": gptq}, "builtin", device, dtype, Batching(chunk), family(paths))
+    study.check_top_k(top_k, maker.vocabulary(paths))
+    given = study.given_prompts(prompts, maker.directory(paths[0]), tokens, count)
     plan = Plan((), given, new_tokens, top_k, Batching(chunk), seed=seed)
-    fed = sum(len(p) + new_tokens - 1 for p in given)
-    started = time.perf_counter()
-    with maker, o.bar("causes", fed * c.Study.cells(moved)) as advance:
-        work = c.Study(plan, (pair[0], pair[1]), generator.lower(), verifier.lower(), maker.bench, Store(runs), advance)
+    started, store = time.perf_counter(), Store(study.runs_folder(out))
+    with maker, o.bar("causes", plan.fed * c.Study.cells(moved)) as advance:
+        work = c.Study(plan, (pair[0], pair[1]), generator.lower(), verifier.lower(), maker.bench, store, advance)
         settings = work.settings(moved)
     result = c.Causes(
         c.SCHEMA,
@@ -76,7 +75,7 @@ def main(
         generator.lower(),
         verifier.lower(),
         len(given),
-        fed,
+        plan.fed,
         settings,
         round(time.perf_counter() - started, 1),
     )
@@ -86,7 +85,7 @@ def main(
                 write_json(target, result)
     finally:  # a full disk shall not cost the answer as well
         report.show(result, Console())
-    for target in (plot, out and out / "causes.png"):
+    for target in (plot, out / "causes.png" if out and report.drawable(result) else None):
         if target is not None:
             report.plot(result, target)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qlab.command import check_output, one_sentence
-from qlab.errors import QlabError
+from qlab.errors import QlabError, UnsupportedError
 from qlab.logprobs.commands import options as o
 from qlab.logprobs.commands import study
 
@@ -36,7 +36,8 @@ def main(
 ) -> None:
     """Which candidate made a trace, from its log-probabilities alone: a verdict with its error rate, or `undecided`."""
     check_output("--json", json)
-    runs = study.runs_folder(out)
+    if not 0 < alpha < 1:
+        raise QlabError(f"--alpha {alpha:g}: name an error rate between 0 and 1")
     # Heavy imports come after the options are read, so that --help answers at once.
     from rich.console import Console
 
@@ -44,25 +45,30 @@ def main(
     from qlab.logprobs import trace as traces
     from qlab.logprobs.cells import Store
     from qlab.logprobs.detection import detect
-    from qlab.logprobs.maker import Maker
+    from qlab.logprobs.maker import Maker, family
     from qlab.logprobs.model import check_same
     from qlab.logprobs.record import fed, imposed
     from qlab.report import logprob_verdict as report
     from qlab.serial import write_json
 
-    paths = [EnginePath.parse(text) for text in study.names("--candidates", candidates)]
+    named = [str(EnginePath.parse(text)) for text in study.names("--candidates", candidates)]
+    paths = [EnginePath.parse(text) for text in study.names("--candidates", ",".join(named))]
     given = traces.read(trace)
     request = imposed(given, mode)  # type: ignore[arg-type]
     columns = given.manifest.columns
     if top_k is not None and top_k > columns:
         raise QlabError(f"--top-k {top_k}: the trace lists {columns} log-probabilities per row; name {columns} or fewer")
-    maker = Maker({"awq": awq, "gptq": gptq}, "builtin", device, given.manifest.dtype, request.batching)
-    store, found = Store(runs), {}
+    either = family([given.manifest.path])  # a kernel that runs any checkpoint runs the trace's
+    maker = Maker({"awq": awq, "gptq": gptq}, "builtin", device, given.manifest.dtype, request.batching, either)
+    store, found = Store(study.runs_folder(out)), {}
     with maker, o.bar("re-executing", len(paths) * fed(request)) as advance:
         for path in paths:
             bench = maker.bench(path)
-            check_same(given.manifest.model, maker.models[path.source or "gptq"], any_model=any_model)
-            found[str(path)] = store.run(bench, request, advance)
+            check_same(given.manifest.model, maker.model(path), any_model=any_model)
+            try:
+                found[str(path)] = store.run(bench, request, advance)
+            except UnsupportedError as e:
+                raise QlabError(f"candidate {path} cannot be computed here ({e}); leave it out, or run on its GPU") from None
     verdict = detect(given.sequences, found, alpha=alpha, top_k=top_k or columns, decimals=decimals)
     try:
         if json is not None:

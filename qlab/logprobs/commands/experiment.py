@@ -40,33 +40,38 @@ def main(
     check_output("--json", json)
     check_output("--plot", plot, FIGURES)
     arguments = study.typed(locals())
-    runs = study.runs_folder(out)
-    paths = [o.parse_path(m, g, dispatch) for g in study.names("--hw", hw) for m in study.names("--methods", methods)]
+    gpus, labels = study.names("--hw", hw.lower()), study.names("--methods", methods)
+    paths = [o.parse_path(m, g, dispatch) for g in gpus for m in labels]
     # Heavy imports come after the options are read, so that --help answers at once.
     from rich.console import Console
 
     from qlab.engine.run import Sampling
+    from qlab.engine.sampling import check
     from qlab.engine.schedule import Batching
     from qlab.logprobs.cells import Store
     from qlab.logprobs.experiment import Plan, compute, other_batches, summarise
-    from qlab.logprobs.maker import Maker
+    from qlab.logprobs.maker import Maker, family
     from qlab.report import logprob_figures as figures
     from qlab.report import logprobs as report
     from qlab.serial import write_json
 
-    maker = Maker({"awq": awq, "gptq": gptq}, engine, device, dtype, Batching(chunk))
+    sampling = Sampling(temperature, seed)
+    check(sampling)
+    maker = Maker({"awq": awq, "gptq": gptq}, engine, device, dtype, Batching(chunk), family(paths))
+    pass
     given = study.given_prompts(prompts, maker.directory(paths[0]), tokens, count)
+    others = other_batches(Batching(chunk), max(map(len, given)) + new_tokens, len(given))
     plan = Plan(
         tuple(paths),
         given,
         new_tokens,
         top_k,
         Batching(chunk),
-        Sampling(temperature, seed),
+        sampling,
         seed,
-        other_batches(Batching(chunk), max(map(len, given)) + new_tokens) if batches and engine == "builtin" else {},
+        others if batches and engine == "builtin" else {},
     )
-    started, store = time.perf_counter(), Store(runs)
+    started, store = time.perf_counter(), Store(study.runs_folder(out))
     with maker, o.bar("experiment", plan.tokens) as advance:
         cells = compute(plan, maker.bench, store, advance)
     result = summarise(plan, cells, store, maker, arguments, time.perf_counter() - started)

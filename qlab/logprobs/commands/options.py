@@ -61,12 +61,12 @@ def choose(path: EnginePath, model: Path | None, engine: str, device: str | None
 
 
 @contextmanager
-def bar(what: str, tokens: int) -> Iterator[Advance]:
-    """A progress bar over tokens, on standard error."""
+def bar(what: str, tokens: int, unit: str = "tokens") -> Iterator[Advance]:
+    """A progress bar over tokens, or another unit, on standard error."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=tokens)
         yield lambda count: progress.update(task, advance=count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +35,12 @@ def names(option: str, text: str) -> list[str]:
     return parts
 
 
+def check_top_k(top_k: int, vocabulary: int) -> None:
+    """Raise QlabError where rows have fewer log-probabilities than ``--top-k`` asks for."""
+    if top_k > vocabulary:
+        raise QlabError(f"--top-k {top_k}: the model has {vocabulary} token ids; name {vocabulary} or fewer")
+
+
 def given_prompts(file: Path | None, directory: Path, tokens: int | None, count: int | None) -> tuple[tuple[int, ...], ...]:
     """Token ids of ``--prompts``, or of the held-out text. Raises QlabError naming the option or file."""
     from qlab.logprobs import prompts
@@ -53,6 +60,9 @@ def runs_folder(out: Path | None) -> Path | None:
         (out / "runs").mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise QlabError(f"--out {out}: {e.strerror}; name a folder that can be made and written") from None
+    for folder in (out, out / "runs"):
+        if not os.access(folder, os.W_OK):
+            raise QlabError(f"--out {out}: the folder {folder} cannot be written; name another")
     return out / "runs"
 
 
