@@ -84,7 +84,7 @@ def test_refusals() -> None:
 
 
 def test_atomics_reach_what_every_order_gives() -> None:
-    """ExLlama with 4 and 12 blocks and Marlin's atomics: no order is ever excluded, other kernels are, and so is one far bit."""
+    """ExLlama with 4 and 12 blocks, Marlin with atomics: no order is ever excluded; other kernels and one far bit are."""
     excluded = 0
     for kernel, k in (("vllm.gptq_gemm", 512), ("vllm.gptq_gemm", 1536), ("vllm.marlin.gptq.atomic", 4096)):
         weight, made = problem(kernel, 12, F16, "h100", n=64, k=k)
@@ -105,7 +105,7 @@ def test_atomics_reach_what_every_order_gives() -> None:
         assert list(outside(part, rows, weight, moved)) == [1]
         _, other = problem("vllm.marlin.gptq", 12, F16, "h100", n=64, k=k)
         excluded += len(outside(part, rows, weight, replay(other, x, weight)[[0, 5, 11]]))
-    assert excluded >= 6
+    assert excluded >= 4
 
 
 def test_two_blocks_have_one_order() -> None:
