@@ -170,6 +170,7 @@ def _end(pipe: Connection, process: Any) -> None:
 
 def _serve(pipe: Connection, environment: Mapping[str, str | None], log: str | None, job: bytes) -> None:
     """The process: make the engine, then answer until the pipe closes."""
+    threading.Thread(target=_follow_parent, daemon=True).start()
     if log is not None:
         _redirect(log)
     for name, value in environment.items():

@@ -40,7 +40,7 @@ def main(
     check_output("--json", json)
     check_output("--plot", plot, FIGURES)
     arguments = study.typed(locals())
-    gpus, labels = study.names("--hw", hw.lower()), study.names("--methods", methods)
+    gpus, labels = study.names("--hw", hw), study.names("--methods", methods)
     paths = [o.parse_path(m, g, dispatch) for g in gpus for m in labels]
     # Heavy imports come after the options are read, so that --help answers at once.
     from rich.console import Console
@@ -58,7 +58,7 @@ def main(
     sampling = Sampling(temperature, seed)
     check(sampling)
     maker = Maker({"awq": awq, "gptq": gptq}, engine, device, dtype, Batching(chunk), family(paths))
-    pass
+    study.check_top_k(top_k, maker.vocabulary(paths))
     given = study.given_prompts(prompts, maker.directory(paths[0]), tokens, count)
     others = other_batches(Batching(chunk), max(map(len, given)) + new_tokens, len(given))
     plan = Plan(
