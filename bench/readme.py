@@ -1,9 +1,9 @@
 """Fill the tables of README.md from the files under ``results/``: ``python -m bench.readme``.
 
 A table stands between ``<!-- table: FILE kernels -->`` and ``<!-- end -->``; other openings are ``<!-- table: FILE pairs
-KERNEL,... -->``, ``<!-- table: FILE against -->``, ``<!-- speed: FILE KERNEL,... -->``, ``<!-- logprobs: FILE floor -->`` (or
-``across``, ``batches``, ``GPU,MODE``) and, with a FILE alone, ``perplexity``, ``recordings``, ``proof``, ``replay``, ``cross``
-and ``causes``. A test fails when README.md does not hold what this writes.
+KERNEL,... -->``, ``<!-- table: FILE against -->``, ``<!-- speed: FILE KERNEL,... -->``, those of bench/readme_logprobs.py and,
+with a FILE alone, ``perplexity``, ``recordings``, ``proof``, ``replay`` and ``cross``. A test fails when README.md does not
+hold what this writes.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ import json
 import re
 from pathlib import Path
 
+from bench import readme_logprobs
 from qlab.lab.results import LabResult
-from qlab.logprobs.causes import Causes
-from qlab.logprobs.tables import ExperimentResult
-from qlab.report import causes, logprob_markdown
 from qlab.report.markdown import against_table, caption, kernel_table, pair_table, table
 from qlab.report.terminal import number, share
 from qlab.serial import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = "table|perplexity|recordings|speed|proof|replay|cross|causes|logprobs"
+KINDS = "|".join(("table|perplexity|recordings|speed|proof|replay|cross", *readme_logprobs.KINDS))
 BLOCK = re.compile(
     rf"(<!-- ({KINDS}): (\S+)(?: (kernels|pairs|against))?(?: (\S+))? -->\n).*?(<!-- end -->)",
     re.DOTALL,
@@ -41,11 +39,10 @@ def _block(found: re.Match[str]) -> str:
         body = _lab(path, what, keys)
     elif kind == "speed":
         body = _speed(path, keys.split(","))
-    elif kind == "logprobs":
-        body = _logprobs(path, keys)
+    elif kind in readme_logprobs.KINDS:
+        body = readme_logprobs.KINDS[kind](path, keys or "")
     else:
         files = {
-            "causes": _causes,
             "perplexity": _perplexity,
             "recordings": _recordings,
             "proof": _proof,
@@ -63,32 +60,6 @@ def _lab(path: Path, what: str, keys: str | None) -> str:
     else:
         body = kernel_table(r) if what == "kernels" else against_table(r)
     return f"{body}\n\n<sub>{caption(r)}. From `{path.relative_to(ROOT)}`.</sub>"
-
-
-def _logprobs(path: Path, what: str) -> str:
-    """One table of the experiment: ``floor``, ``across``, ``batches``, or a matrix as ``GPU,MODE``."""
-    r = ExperimentResult.read(path)
-    makers = {
-        "floor": logprob_markdown.noise_floor_table,
-        "across": logprob_markdown.across_table,
-        "batches": logprob_markdown.batch_table,
-    }
-    if what in makers:
-        body = makers[what](r.tables)
-    else:
-        gpu, _, mode = what.partition(",")
-        found = r.matrix(gpu, mode)
-        assert found is not None, f"{path} has no matrix {what}"
-        body = logprob_markdown.matrix_table(found)
-    return f"{body}\n\n<sub>{logprob_markdown.caption(r)} From `{path.relative_to(ROOT)}`.</sub>"
-
-
-def _causes(path: Path) -> str:
-    c = Causes.read(path)
-    e = c.environment
-    what = f"{c.methods[0]} against {c.methods[1]}, {c.generator} to {c.verifier}"
-    note = f"{what}; {c.prompts} prompts, {c.tokens:,} rows; {e.gpu or e.cpu}, torch {e.torch}"
-    return f"{causes.markdown(c)}\n\n<sub>{note}. From `{path.relative_to(ROOT)}`.</sub>"
 
 
 def _perplexity(path: Path) -> str:

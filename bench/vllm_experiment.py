@@ -17,6 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path as File
@@ -161,23 +162,25 @@ def _labels(methods: tuple[Path, Path]) -> tuple[str, ...]:
     return tuple(str(m).replace(f"@{m.gpu}", "") for m in methods)
 
 
-def record_all(plan: Plan, maker: Maker, out: File, count: int) -> list[str]:
+def record_all(plan: Plan, maker: Maker, out: File, count: int, digests: bool) -> list[str]:
     """A trace of each path with ``count`` tapped rows a sequence; those that exist stay. What could not be had, in words."""
-    said = []
-    for path in plan.paths:
+
+    def one(path: Path) -> str:
         target = out / str(path).replace("@", "-").replace(":", "-")
         if target.exists():
-            continue
+            return ""
         names = taps.linear_names(maker.directory(path))
         fed = [len(p) + plan.new_tokens - 1 for p in plan.prompts]
         chosen = taps.choose(str(count), names, fed, plan.seed) if count else frozenset()
-        request = replace(plan.request(), taps=chosen, digests=bool(count))
+        request = replace(plan.request(), taps=chosen, digests=digests)
         try:
-            made = record(maker.bench(path).engine, request, model=maker.model(path))
-            trace.write(made, target)
+            trace.write(record(maker.bench(path).engine, request, model=maker.model(path)), target)
         except QlabError as e:
-            said.append(f"{path}: {e}")
-    return said
+            return f"{path}: {e}"
+        return ""
+
+    with ThreadPoolExecutor(len(plan.paths) if maker.engine == "vllm" else 1) as pool:
+        return [said for said in pool.map(one, plan.paths) if said]
 
 
 def main() -> int:
@@ -196,6 +199,7 @@ def main() -> int:
     parser.add_argument("--chunk", type=int, default=50, help="tokens of a step at most")
     parser.add_argument("--top-k", type=int, default=5)
     parser.add_argument("--rows", type=int, default=16, help="rows kept of each sequence in the traces; 0 for none")
+    parser.add_argument("--digests", action="store_true", help="traces hold a digest of every row of every linear")
     parser.add_argument("--no-traces", action="store_true")
     args = parser.parse_args()
     try:
@@ -247,7 +251,7 @@ def run(args: argparse.Namespace) -> int:
         from qlab.report import logprobs as report
 
         report.show(result, Console(width=180))
-        said = [] if args.no_traces else record_all(plan, maker, args.out / "traces", args.rows)
+        said = [] if args.no_traces else record_all(plan, maker, args.out / "traces", args.rows, args.digests)
         said += [f"{d.path}: {d.reason}" for d in result.dispatched if d.reason]
         for line in dict.fromkeys(said):
             print(line)

@@ -33,7 +33,7 @@ def steps(hw: str, out: Path, scratch: Path, layers: int, gpus: int) -> list[Ste
     large = ("--awq", f"{scratch}/awq", "--gptq", f"{scratch}/gptq", "--prompts", f"{scratch}/prompts.json")
     pair = ("--methods", "awq,awq_marlin", "--no-traces")
     listed = [
-        Step("shipped", (*experiment, "--out", f"{out}/shipped"), 200),
+        Step("shipped", (*experiment, "--out", f"{out}/shipped", "--digests"), 200),
         Step(
             "bits",
             ("bench.native_replay", "--hw", hw, "--traces", f"{out}/shipped/traces", "--json", f"{out}/native-replay.json"),
@@ -46,7 +46,7 @@ def steps(hw: str, out: Path, scratch: Path, layers: int, gpus: int) -> list[Ste
             (*experiment, "--out", f"{out}/large", "--methods", LARGE, *large, "--count", "8", "--rows", "4"),
             260,
         ),
-        Step("builtin", (*experiment, "--out", f"{out}/builtin", "--engine", "builtin"), 120),
+        Step("builtin", (*experiment, "--out", f"{out}/builtin", "--engine", "builtin", "--no-traces"), 120),
     ]
     if gpus > 1:
         listed += [

@@ -19,14 +19,14 @@ from qlab.errors import QlabError, UnsupportedError
 from qlab.lab.outputs import NATIVE, REPLAY
 from qlab.lab.run import Layer as LabLayer
 from qlab.logprobs.row_bench import Layers, RowBench
+from qlab.logprobs.row_errors import CALIBRATION, ERROR, Spread, crossing, fit, majority_error, majority_rows, upper
 from qlab.logprobs.row_rates import REPLAYED, Counts, Replays
 from qlab.logprobs.row_record import Recorded, check_places
-from qlab.logprobs.row_errors import CALIBRATION, ERROR, Spread, crossing, fit, majority_error, majority_rows, upper
-from qlab.logprobs.rows import fits
+from qlab.logprobs.rows import Replayed, fits
 from qlab.replay.operands import bits
 from qlab.serial import read_json
 
-SCHEMA, RULE = "qlab.rows.counts/1", "qlab.rows.rule/1"
+SCHEMA, RULE, VERDICT = "qlab.rows.counts/1", "qlab.rows.rule/1", "qlab.rows.verdict/1"
 ASSUMPTIONS = (
     "the generator ran one of these methods on one of these GPUs",
     "rows were drawn by the verifier, every (linear, token) equally likely, after the generator committed to all",
@@ -127,6 +127,25 @@ class Counted:
     error_sharp: float
     sentence: str
     assumptions: tuple[str, ...] = field(default=ASSUMPTIONS)
+
+
+@dataclass(frozen=True)
+class RowVerdict:
+    """Both ways of judging a trace's rows."""
+
+    schema: str
+    trace: str
+    """Digest of the trace's manifest."""
+    claimed: str
+    """The path that the trace names."""
+    replay: Replayed
+    kernels: Counted | None = None
+    rule: Rule | None = None
+
+    @classmethod
+    def read(cls, path: File) -> RowVerdict:
+        """Raises QlabError naming the file when it is missing, damaged or of another schema."""
+        return read_json(cls, path, VERDICT)
 
 
 def calibrate(

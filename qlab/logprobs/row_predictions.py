@@ -13,8 +13,8 @@ from qlab.environment import Environment
 from qlab.errors import UnsupportedError
 from qlab.lab.run import Layer as LabLayer
 from qlab.logprobs.row_counts import Rule, calibrate
-from qlab.logprobs.row_rates import Rate, measure
 from qlab.logprobs.row_errors import ERROR
+from qlab.logprobs.row_rates import Rate, measure
 from qlab.serial import read_json
 
 SCHEMA = "qlab.rows.predictions/1"

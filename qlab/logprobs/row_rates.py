@@ -20,8 +20,8 @@ from qlab.errors import QlabError, UnsupportedError
 from qlab.lab.run import SAME
 from qlab.lab.run import Layer as LabLayer
 from qlab.logprobs.row_bench import Layer, RowBench
-from qlab.logprobs.row_record import Place
 from qlab.logprobs.row_errors import CALIBRATION, ERROR, exclusion_rows, upper
+from qlab.logprobs.row_record import Place
 from qlab.replay.operands import bits
 
 ALL = "all"
@@ -108,7 +108,7 @@ def measure(
             able = []
             for path in paths:
                 if reason := work.refusal(path, m):
-                    refused[str(path)] = reason
+                    refused[f"{path}, M = {m}"] = reason
                 else:
                     able.append(path)
             for a, b in _pairs(able, work, m):

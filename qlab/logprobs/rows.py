@@ -20,8 +20,8 @@ from qlab.engine.path import Path
 from qlab.errors import QlabError, UnsupportedError
 from qlab.logprobs.detection import name as class_name
 from qlab.logprobs.row_bench import Layers, RowBench
-from qlab.logprobs.row_record import Place, Recorded, check_places, row_digest
 from qlab.logprobs.row_errors import ERROR
+from qlab.logprobs.row_record import Place, Recorded, check_places, row_digest
 from qlab.replay.operands import bits
 
 SCHEMA = "qlab.rows.replay/1"

@@ -13,6 +13,7 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtrit
 
 LEVEL = 0.95
 DRAWS = 4000
@@ -66,27 +67,11 @@ def interval(value: float, draws: Array, prompts: int) -> tuple[float, float]:
     """
     if prompts < 2 or math.isnan(value):
         return math.nan, math.nan
-    tail = NormalDist().cdf(-math.sqrt(prompts / (prompts - 1)) * t_quantile(0.5 + LEVEL / 2, prompts - 1))
+    tail = NormalDist().cdf(-math.sqrt(prompts / (prompts - 1)) * stdtrit(prompts - 1, 0.5 + LEVEL / 2))
     nan = np.isnan(draws)
     low = np.quantile(np.where(nan, -np.inf, draws), tail, method="lower")
     high = np.quantile(np.where(nan, np.inf, draws), 1 - tail, method="higher")
     return float(low), float(high)
-
-
-def t_quantile(p: float, freedom: int) -> float:
-    """Student's t quantile by its expansion in 1 / freedom (Abramowitz and Stegun 26.7.5); exact for 1 and 2."""
-    if freedom == 1:
-        return math.tan(math.pi * (p - 0.5))
-    if freedom == 2:
-        return (2 * p - 1) / math.sqrt(2 * p * (1 - p))
-    z = NormalDist().inv_cdf(p)
-    terms = (
-        z**3 + z,
-        5 * z**5 + 16 * z**3 + 3 * z,
-        3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z,
-        79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z,
-    )
-    return z + sum(t / (d * freedom ** (i + 1)) for i, (t, d) in enumerate(zip(terms, (4, 96, 384, 92160), strict=True)))
 
 
 @lru_cache(maxsize=8)

@@ -60,7 +60,7 @@ def verify(
     from qlab.engine.path import Path as EnginePath
     from qlab.logprobs import trace as traces
     from qlab.logprobs.row_bench import Checkpoints
-    from qlab.logprobs.row_counts import calibrate, verify_by_kernels
+    from qlab.logprobs.row_counts import VERDICT, RowVerdict, calibrate, verify_by_kernels
     from qlab.logprobs.row_record import check_places
     from qlab.logprobs.rows import verify_by_replay
     from qlab.report import rows as report
@@ -68,6 +68,9 @@ def verify(
     from qlab.weights import DTYPES
 
     paths = [EnginePath.parse(text) for text in study.names("--candidates", candidates)]
+    methods = list(dict.fromkeys(p.method for p in paths))
+    if verifier is not None:
+        _check_verifier(verifier, paths, methods)
     given = traces.read(trace)
     dtype, where = DTYPES[given.manifest.dtype], torch_device(device)
     recorded = _recorded(given, opening, commitment, seed, count)
@@ -77,15 +80,16 @@ def verify(
     layers, console = Checkpoints(directories, dtype), Console()
     with o.bar("replaying", len(recorded) * len(paths), "rows") as advance:
         found = verify_by_replay(recorded, layers, paths, device=where, advance=advance)
+    counted = rule = None
     report.show_replayed(found, console)
-    if json is not None:
-        write_json(json, found)
     if verifier is not None:
-        methods, gpus = list(dict.fromkeys(p.method for p in paths)), list(dict.fromkeys(p.gpu for p in paths))
-        dispatch = _one_dispatch(paths)
         m = sorted(r.M for r in recorded)[len(recorded) // 2]
-        rule = calibrate(_source(directories, dtype, tokens)(), methods, verifier.lower(), gpus, m, dispatch=dispatch)  # type: ignore[arg-type]
-        report.show_counted(verify_by_kernels(recorded, layers, rule, device=where), rule, console)
+        source, gpus = _source(directories, dtype, tokens), list(dict.fromkeys(p.gpu for p in paths))
+        rule = calibrate(source(), methods, verifier.lower(), gpus, m, dispatch=paths[0].dispatch)
+        counted = verify_by_kernels(recorded, layers, rule, device=where)
+        report.show_counted(counted, rule, console)
+    if json is not None:
+        write_json(json, RowVerdict(VERDICT, given.manifest.digest, str(given.manifest.path), found, counted, rule))
 
 
 @app.command("rates")
@@ -258,11 +262,14 @@ def _random(shapes: list[tuple[int, int, int]], group: int, dtype: torch.dtype) 
     return lambda: (layer for shape in shapes for layer in from_shape(shape, group, dtype, 0, SAME))
 
 
-def _one_dispatch(paths: list[EnginePath]) -> str:
-    found = {p.dispatch for p in paths}
-    if len(found) > 1:
+def _check_verifier(verifier: str, paths: list[EnginePath], methods: list[str]) -> None:
+    from qlab import hardware
+
+    hardware.gpu(verifier)
+    if len({p.dispatch for p in paths}) > 1:
         raise QlabError("--verifier: candidates with and without :vllm cannot share one rule; name those of one dispatch")
-    return found.pop()
+    if len(methods) < 2:
+        raise QlabError("--verifier: counts tell methods apart; name candidates of two methods or more")
 
 
 def _call(text: str) -> int:
