@@ -1,7 +1,8 @@
 """Which tokens an engine computes in which step: a step's number of tokens is the M that every kernel sees.
 
 The policy is that of vLLM's V1 scheduler: first come, first served, one budget of tokens per step, sequences that decode and
-sequences that still prefill treated alike.
+sequences that still prefill treated alike. A step holds the tokens that vLLM's would; in which order their rows stand vLLM
+decides by slots that finished requests leave, so that with several sequences at once a row's place can be another one there.
 """
 
 from __future__ import annotations

@@ -128,9 +128,7 @@ class Remote:
                 if not self._pipe.poll(max(deadline - time.monotonic(), 0)):
                     self._process.terminate()
                     self.close()
-                    raise QlabError(
-                        f"the engine was silent for {self._seconds:g} s while {doing} and was ended{self._where()}"
-                    )
+                    raise QlabError(f"the engine was silent for {self._seconds:g} s while {doing} and was ended{self._where()}")
                 kind, *content = pickle.loads(self._pipe.recv_bytes())
             except (EOFError, OSError):
                 raise self._lost(doing) from None

@@ -17,6 +17,7 @@ from qlab.engine.run import Scored
 from qlab.errors import QlabError
 from qlab.logprobs.distance import Rows, chosen, compare, norm
 from qlab.logprobs.statistics import Array, Figure, mean
+from qlab.logprobs.telling import Telling, tell
 
 EXACT = 14
 """Prompts up to which all 2^n sign vectors are taken."""
@@ -58,6 +59,8 @@ class Verdict:
     """No p can be smaller with this number of prompts."""
     top_k: int | None
     decimals: int | None
+    tellings: tuple[Telling, ...] = ()
+    """The nearest class against each other one: ROC, AUC, and tokens that would tell them apart with noise as large as here."""
 
 
 def detect(
@@ -83,25 +86,25 @@ def detect(
     if not 0 < alpha < 1:
         raise QlabError(f"alpha {alpha}: name an error rate between 0 and 1")
     scores, digests, equal = {}, {}, {}
-    for name, again in candidates.items():
+    for label, again in candidates.items():
         if len(again) != len(trace):
             raise QlabError(
-                f"candidate {name} re-executed {len(again)} of the trace's {len(trace)} sequences; give it all of them"
+                f"candidate {label} re-executed {len(again)} of the trace's {len(trace)} sequences; give it all of them"
             )
         try:
             pairs = [compare(a, b, top_k=top_k, decimals=decimals) for a, b in zip(trace, again, strict=True)]
         except QlabError as e:
-            raise QlabError(f"candidate {name}: {e}") from None
+            raise QlabError(f"candidate {label}: {e}") from None
         kept = [chosen(a, rows) for a in trace]
-        scores[name] = np.array([norm(c.distances[r]) for c, r in zip(pairs, kept, strict=True)])
-        if not np.isfinite(scores[name]).all():
-            raise QlabError(f"candidate {name}: some of its log-probabilities or the trace's are not finite; leave it out")
+        scores[label] = np.array([norm(c.distances[r]) for c, r in zip(pairs, kept, strict=True)])
+        if not np.isfinite(scores[label]).all():
+            raise QlabError(f"candidate {label}: some of its log-probabilities or the trace's are not finite; leave it out")
         values = hashlib.sha256()
         for c, r in zip(pairs, kept, strict=True):
             values.update(c.values[r].contiguous().numpy().tobytes())
-        digests[name] = values.hexdigest()
+        digests[label] = values.hexdigest()
         rights = np.concatenate([c.identical[r].numpy() for c, r in zip(pairs, kept, strict=True)])
-        equal[name] = float(rights.mean()) if len(rights) else 1.0
+        equal[label] = float(rights.mean()) if len(rights) else 1.0
     classes = equivalence_classes(digests)
     p = rejection(np.stack([scores[c[0]] for c in classes]))
     found = tuple(
@@ -109,7 +112,15 @@ def detect(
         for members, pc in zip(classes, p, strict=True)
     )
     answer, left, error, sentence = _judge(found, alpha, len(trace))
-    return Verdict(SCHEMA, answer, left, error, sentence, found, len(trace), 0.5 ** len(trace), top_k, decimals)
+    tokens = sum(len(a.ids[chosen(a, rows)]) for a in trace) / len(trace)
+    tellings = _tellings([(name(c), scores[c[0]]) for c in classes], tokens)
+    return Verdict(SCHEMA, answer, left, error, sentence, found, len(trace), 0.5 ** len(trace), top_k, decimals, tellings)
+
+
+def _tellings(classes: Sequence[tuple[str, Array]], tokens: float) -> tuple[Telling, ...]:
+    """Each other class against the nearest: its distances from the trace are what a wrong claim would show."""
+    near, own = min(classes, key=lambda c: c[1].mean())
+    return tuple(tell(near, other, "the trace", own, d, tokens) for other, d in classes if other != near)
 
 
 def rejection(distances: Array, seed: int = 0) -> Array:

@@ -19,7 +19,7 @@ WIDTH = 32
 
 def leaf(index: int, payload: bytes) -> bytes:
     """Digest of what stands at ``index``."""
-    return hashlib.sha256(LEAF + payload).digest()
+    return hashlib.sha256(LEAF + index.to_bytes(8, "big") + payload).digest()
 
 
 def node(left: bytes, right: bytes) -> bytes:

@@ -15,7 +15,7 @@ from qlab.errors import QlabError, UnsupportedError
 from qlab.logprobs.cells import Bench, Store, attempt, decode_of, prefill_of
 from qlab.logprobs.distance import distances
 from tests.logprobs.counted_engine import REASON, Counted
-from tests.logprobs.fake_engine import LINEARS
+from tests.logprobs.fake_engine import LINEARS, FakeEngine
 
 PROMPT = (5, 6, 7, 8)
 REQUEST = Request((PROMPT,), 3, top_k=4)
@@ -138,7 +138,10 @@ def test_prompts_of_one_batch_are_one_run(tmp_path):
     assert [len(r.prompts) for r in b.engine.requests] == [2]
     assert len(list(tmp_path.iterdir())) == 2, "equal prompts in two places of a batch"
     told = []
-    Store(tmp_path).run(b, two, told.append)
+    store = Store(tmp_path)
+    store.run(b, two, told.append)
+    once = FakeEngine(b.engine.path).run(two).calls
+    assert {(c.linear, c.M): c.count for c in store.called(MARLIN)} == {(c.linear, c.M): c.count for c in once}
     assert len(b.engine.requests) == 1
     assert sum(told) == 12
     next(iter(sorted(tmp_path.iterdir()))).unlink()

@@ -154,3 +154,12 @@ def test_classes_across_gpus_are_said():
     text = printed(lambda c: logprobs.show(runs.result(("h100", "h200"), methods=("awq", "awq_marlin")), c), 120)
     assert "  prefill: equal in all bits: {awq@h100, awq@h200}, {awq_marlin@h100, awq_marlin@h200}" in text
     assert "All paths" not in printed(lambda c: logprobs.show(runs.result(("h100",)), c), 120)
+
+
+def test_a_matrix_that_does_not_fit_has_numbers_for_names():
+    m = runs.result(("a100",)).tables.within[0]
+    text = printed(lambda c: c.print(logprobs.matrix_table(m, c.width)), 60)
+    assert max(map(len, text.splitlines())) <= 60
+    for i, name in enumerate(logprobs.names(m), 1):
+        assert f" {i} {name} " in text
+    assert "awq_marlin " in printed(lambda c: c.print(logprobs.matrix_table(m, c.width)), 100).splitlines()[2]

@@ -40,7 +40,7 @@ def main(
     check_output("--json", json)
     check_output("--plot", plot, FIGURES)
     arguments = study.typed(locals())
-    gpus, labels = study.names("--hw", hw), study.names("--methods", methods)
+    gpus, labels = study.names("--hw", hw.lower()), study.names("--methods", methods)
     paths = [o.parse_path(m, g, dispatch) for g in gpus for m in labels]
     # Heavy imports come after the options are read, so that --help answers at once.
     from rich.console import Console
