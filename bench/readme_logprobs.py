@@ -16,7 +16,7 @@ from qlab.logprobs.row_predictions import Predictions
 from qlab.logprobs.row_rates import ALL
 from qlab.logprobs.tables import AcrossRow, ExperimentResult
 from qlab.report import causes, logprob_markdown
-from qlab.report.logprobs import figure, small, times
+from qlab.report.logprob_cells import figure, small, times
 from qlab.report.markdown import table
 from qlab.serial import from_plain
 

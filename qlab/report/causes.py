@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from qlab.logprobs.causes import DISPATCH, KERNELS, REPLAY, Causes, Setting
-from qlab.report import logprobs as cells
+from qlab.report import logprob_cells as cells
 from qlab.report.logprob_figures import curves
 from qlab.report.markdown import table
 from qlab.report.terminal import Titled

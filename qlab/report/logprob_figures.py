@@ -15,7 +15,8 @@ from qlab.errors import QlabError
 from qlab.logprobs.statistics import Figure
 from qlab.logprobs.tables import ExperimentResult, Matrix
 from qlab.logprobs.telling import Telling
-from qlab.report.logprobs import auc_interval, interval, names, small, title
+from qlab.report.logprob_cells import interval, small
+from qlab.report.logprobs import auc_interval, names, title
 from qlab.serial import write_whole
 
 FORMATS = ("png", "svg", "pdf")
@@ -98,6 +99,8 @@ def curves(series: Curves, path: Path, *, x: str, y: str = "SNR", heading: str =
     zero = xs[0] / 4
     top = max(max(ys), *(f.high for _, f in points if f.high < math.inf), line or 0.0) * 1.6
 
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     def draw(figure: Any) -> None:
         figure.set_size_inches(7.2, 4.4)
         ax = figure.subplots()
@@ -119,6 +122,9 @@ def curves(series: Curves, path: Path, *, x: str, y: str = "SNR", heading: str =
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_ylim(top=top * 1.25)
+        plain = FuncFormatter(lambda v, _: f"{v:g}")
+        ax.yaxis.set_major_formatter(plain)
+        ax.yaxis.set_minor_formatter(plain if top < 10 * ax.get_ylim()[0] else NullFormatter())
         if any(v == 0 for v, _ in points):
             ticks = [v for v in xs if abs(math.log10(v) - round(math.log10(v))) < 1e-9] or xs
             ax.set_xticks([zero, *ticks], ["0", *(f"{v:g}".replace("e-0", "e-") for v in ticks)])

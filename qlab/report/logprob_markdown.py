@@ -11,7 +11,8 @@ import typer
 from qlab.command import one_sentence
 from qlab.logprobs.statistics import Figure
 from qlab.logprobs.tables import Entry, ExperimentResult, Matrix, Tables
-from qlab.report.logprobs import SPREAD_UNKNOWN, auc_interval, count, figure, interval, names, prompts, spread, times, title
+from qlab.report.logprob_cells import count, figure, interval, prompts, times
+from qlab.report.logprobs import SPREAD_UNKNOWN, auc_interval, names, spread, title
 from qlab.report.markdown import table
 from qlab.report.terminal import share
 

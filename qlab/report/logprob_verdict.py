@@ -11,7 +11,8 @@ from rich.text import Text
 
 from qlab.logprobs.detection import Verdict
 from qlab.logprobs.detection import name as class_name
-from qlab.report.logprobs import SPREAD_UNKNOWN, count, figure_cell, prompts, small
+from qlab.report.logprob_cells import count, figure_cell, prompts, small
+from qlab.report.logprobs import SPREAD_UNKNOWN
 from qlab.report.terminal import Titled, share
 
 

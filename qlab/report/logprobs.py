@@ -12,9 +12,10 @@ from rich.text import Text
 
 from qlab.logprobs.detection import name as class_name
 from qlab.logprobs.statistics import Figure
-from qlab.logprobs.tables import AcrossRow, Entry, ExperimentResult, Matrix, Spread, Tables
+from qlab.logprobs.tables import AcrossRow, ExperimentResult, Matrix, Spread, Tables
 from qlab.logprobs.telling import Telling
-from qlab.report.terminal import Titled, share
+from qlab.report.logprob_cells import count, figure, figure_cell, over, prompts, reason, share_cell, small, snr_cell, stacked
+from qlab.report.terminal import Titled
 
 SPREAD_UNKNOWN = "needs 2 prompts"
 
@@ -87,7 +88,7 @@ def matrix_table(m: Matrix, width: int = 100) -> Titled:
     fit = max(map(len, labels)) + 4 + sum(w + 2 for w in widest) <= width
     who = "each path continues on its own" if m.mode == "decode, free" else "rows generate, columns re-execute"
     table = Titled(f"{title(m)} ({who})", gap=2 if fit else 1)
-    table.column("", no_wrap=fit)
+    table.column("", no_wrap=True)
     for i, label in enumerate(labels):
         table.column(label if fit else str(i + 1), justify="right", no_wrap=fit)
     for i, (label, *row) in enumerate(zip(labels, *columns, strict=True)):
@@ -112,15 +113,10 @@ def matrix_notes(m: Matrix) -> Text:
     return Text("\n".join([*lines, ""]))
 
 
-def prompts(number: int) -> str:
-    """``1 prompt``, ``2 prompts``."""
-    return "1 prompt" if number == 1 else f"{number} prompts"
-
-
 def full_notes(t: Tables) -> Text:
-    """Of the matrices of all paths, which the figures show: the paths that are one function."""
+    """Of the matrices of all paths, which the figures show: those that re-execute every generator with the same bits."""
     lines = ["All paths, over every generator"]
-    for m in t.full:
+    for m in (m for m in t.full if m.mode != "decode, free"):  # recordings share the order of their atomics
         together = [class_name(c) for c in m.classes if len(c) > 1]
         lines.append(
             f"  {m.mode}: " + (f"equal in all bits: {', '.join(together)}" if together else "no two are equal in all bits")
@@ -181,7 +177,7 @@ def detection_table(tellings: Sequence[Telling]) -> Titled:
     table.column("tokens for 99% power\nat 1% false positives", justify="right")
     for d in tellings:
         tokens = Text("cannot be told", style="dim") if _blind(d) else tokens_cell(d)
-        table.row(f"{d.claimed}\n{d.other}", d.verifier, _lines(f"{d.auc.value:.3f}", auc_interval(d.auc)), tokens)
+        table.row(f"{d.claimed}\n{d.other}", d.verifier, over(f"{d.auc.value:.3f}", auc_interval(d.auc)), tokens)
     return table
 
 
@@ -196,7 +192,7 @@ def tokens_cell(d: Telling) -> Text:
     below = "one prompt" if math.isnan(d.tokens.low) else f"[{count(d.tokens.low)}, {count(d.tokens.high)}]"
     if d.resampled:
         below += f"\nresampled {count(d.resampled.value)} [{count(d.resampled.low)}, {count(d.resampled.high)}]"
-    return _lines(count(d.tokens.value), below)
+    return over(count(d.tokens.value), below)
 
 
 def refused_table(r: ExperimentResult) -> Titled | None:
@@ -219,97 +215,5 @@ def unlisted(t: Tables) -> str:
     )
 
 
-def stacked(e: Entry) -> Text:
-    """A cell: its figure, its interval below; a reason in words; how many prompts split."""
-    if e.figure is None:
-        return reason(e.reason)
-    if e.identical:
-        return Text("0")
-    if not e.figure.infinite:
-        return figure_cell(e.figure)
-    split = f"{e.figure.infinite} of {e.figure.prompts} split"
-    if e.together is None:
-        return _lines("inf", split)
-    value, _, ends = figure(e.together).partition(" ")
-    return _lines("inf", f"{split}\nelse {value}" + (f"\n{ends}" if ends else ""))
-
-
-def figure_cell(f: Figure) -> Text:
-    """The value, its interval dim on the next line."""
-    return _lines(small(f.value), "" if f.value == f.low == f.high else interval(f))
-
-
-def snr_cell(f: Figure) -> Text:
-    if f.value == f.low == f.high:
-        return Text(times(f.value))
-    return _lines(times(f.value), "one prompt" if math.isnan(f.low) else f"[{times(f.low)}, {times(f.high)}]")
-
-
-def share_cell(f: Figure) -> Text:
-    if f.value == f.low == f.high:
-        return Text(share(f.value))
-    return _lines(share(f.value), "one prompt" if math.isnan(f.low) else f"[{100 * f.low:.3g}, {100 * f.high:.3g}]%")
-
-
-def figure(f: Figure) -> str:
-    """``3.88e-2 [3.1, 4.4]e-2`` in one line."""
-    return small(f.value) if f.value == f.low == f.high else f"{small(f.value)} {interval(f)}"
-
-
-def interval(f: Figure) -> str:
-    """``[3.1, 4.4]e-2``: both ends in units of the value's power of ten; in full where they are far from it."""
-    if math.isnan(f.low):
-        return "one prompt" if f.prompts == 1 else "[nan]"
-    ends = (f.low, f.high)
-    if not all(map(math.isfinite, (f.value, *ends))) or f.value <= 0:
-        return f"[{small(f.low)}, {small(f.high)}]"
-    power = _power(f.value)
-    low, high = (v / 10.0**power for v in ends)
-    if not 0.095 <= low <= high < 99.5:
-        return f"[{small(f.low)}, {small(f.high)}]"
-    return f"[{_two_digits(low)}, {_two_digits(high)}]" + (f"e{power}" if power else "")
-
-
-def small(v: float) -> str:
-    """``3.88e-2``; 0, inf and nan in their words; from 1 to 999 without a power."""
-    if v == 0 or not math.isfinite(v):
-        return f"{v:g}"
-    if 0.9995 <= abs(v) < 999.5:
-        return f"{v:.2f}" if abs(v) < 9.995 else f"{v:.1f}" if abs(v) < 99.95 else f"{v:.0f}"
-    mantissa, _, exponent = f"{v:.2e}".partition("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
-def times(v: float) -> str:
-    """``81x``, ``1.26x``."""
-    if not math.isfinite(v):
-        return f"{v:g}"
-    return f"{v:.0f}x" if 99.95 <= v < 1e6 else f"{v:.2f}x" if 0.01 <= v < 1 else f"{small(v)}x"
-
-
-def count(v: float) -> str:
-    """Tokens: ``23,040``."""
-    return f"{v:,.0f}" if math.isfinite(v) and v < 1e7 else small(v)
-
-
-def reason(text: str) -> Text:
-    """Why there is no figure; of an opaque sum its library alone: the JSON has the whole sentence."""
-    return Text(" ".join(text.split()[:2]) if text.startswith("opaque: ") else text, style="dim italic")
-
-
-def _two_digits(v: float) -> str:
-    return f"{v:.0f}" if v >= 9.95 else f"{v:.1f}" if v >= 0.995 else f"{v:.2f}"
-
-
-def _power(v: float) -> int:
-    power = int(f"{v:.2e}".partition("e")[2])
-    return 0 if 0 <= power < 3 else power
-
-
 def _blind(d: Telling) -> bool:
     return d.auc.value == d.auc.low == d.auc.high == 0.5
-
-
-def _lines(first: str, second: str) -> Text:
-    found = Text(first, justify="right")
-    return found.append(f"\n{second}", style="dim") if second else found

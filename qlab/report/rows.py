@@ -14,7 +14,7 @@ from qlab.logprobs.row_rates import ALL, Rate
 from qlab.logprobs.row_record import Commitment
 from qlab.logprobs.row_sampling import Cost
 from qlab.logprobs.rows import Mismatch, Replayed
-from qlab.report.logprobs import small
+from qlab.report.logprob_cells import small
 from qlab.report.terminal import Titled
 
 ERROR = "1e-6"

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from qlab.logprobs.detection import detect
 from qlab.logprobs.statistics import Figure
-from qlab.report import logprob_markdown, logprob_verdict, logprobs
+from qlab.report import logprob_cells, logprob_markdown, logprob_verdict, logprobs
 from qlab.serial import write_json
 from tests.logprobs import synthetic_runs as runs
 
@@ -91,14 +91,14 @@ def test_equal_paths_are_told_as_classes():
     ],
 )
 def test_one_line_figures(figure, text):
-    assert logprobs.figure(figure) == text
+    assert logprob_cells.figure(figure) == text
 
 
 @pytest.mark.parametrize(
     ("v", "text"), [(81.2, "81.2x"), (1.26, "1.26x"), (412.3, "412x"), (math.inf, "inf"), (math.nan, "nan")]
 )
 def test_ratios(v, text):
-    assert logprobs.times(v) == text
+    assert logprob_cells.times(v) == text
 
 
 def test_one_prompt_claims_no_interval():
@@ -141,9 +141,9 @@ def test_every_name_and_interval_is_whole(width):
     for m in r.tables.within:
         for e in (e for row in m.cells for e in row if not e.identical):
             shown = e.together if e.figure.infinite else e.figure
-            words |= set(logprobs.figure(shown).split(" ", 1)) if shown else {"8 of 8 split"}
+            words |= set(logprob_cells.figure(shown).split(" ", 1)) if shown else {"8 of 8 split"}
     for row in r.tables.across:
-        words |= {word for f in (row.signal, row.noise) for word in logprobs.figure(f).split(" ", 1)}
+        words |= {word for f in (row.signal, row.noise) for word in logprob_cells.figure(f).split(" ", 1)}
     for d in r.tables.detection:
         words |= {d.claimed, d.other, d.verifier, logprobs.auc_interval(d.auc)}
     assert len(words) > 40
