@@ -1,9 +1,9 @@
-"""Fill the tables of README.md from the files under ``results/``: ``python -m bench.readme``.
+"""Fill the tables of README.md and docs/ from the files under ``results/``: ``python -m bench.readme``.
 
 A table stands between ``<!-- table: FILE kernels -->`` and ``<!-- end -->``; other openings are ``<!-- table: FILE pairs
 KERNEL,... -->``, ``<!-- table: FILE against -->``, ``<!-- speed: FILE KERNEL,... -->``, those of bench/readme_logprobs.py and,
-with a FILE alone, ``perplexity``, ``recordings``, ``proof``, ``replay`` and ``cross``. A test fails when README.md does not
-hold what this writes.
+with a FILE alone, ``perplexity``, ``recordings``, ``proof``, ``replay`` and ``cross``. A test fails when a page does not hold
+what this writes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from qlab.report.terminal import number, share
 from qlab.serial import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 KINDS = "|".join(("table|perplexity|recordings|speed|proof|replay|cross", *readme_logprobs.KINDS))
 BLOCK = re.compile(
     rf"(<!-- ({KINDS}): (\S+)(?: (kernels|pairs|against))?(?: (\S+))? -->\n).*?(<!-- end -->)",
@@ -150,8 +151,8 @@ def _speed(path: Path, kernels: list[str]) -> str:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    readme = ROOT / "README.md"
-    write_whole(readme, filled(readme.read_text()).encode())
+    for page in PAGES:
+        write_whole(page, filled(page.read_text()).encode())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from qlab.engine.path import Path as EnginePath
@@ -24,8 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def experiment(path: Path, what: str) -> str:
-    """One table of the experiment: ``floor``, ``across``, ``batches``, or a matrix as ``GPU,MODE``."""
+    """One table of the experiment: ``floor``, ``across``, ``batches`` of the last GPU, or a matrix as ``GPU,MODE``."""
     r = ExperimentResult.read(path)
+    last = r.tables.within[-1].gpu
+    r = replace(r, tables=replace(r.tables, batches=tuple(b for b in r.tables.batches if b.path.partition("@")[2] == last)))
     makers = {
         "floor": logprob_markdown.noise_floor_table,
         "across": logprob_markdown.across_table,

@@ -1,4 +1,4 @@
-"""README.md tells the truth: its tables are what the files under results/ hold, its commands and files exist."""
+"""README.md and docs/ tell the truth: tables are what the files under results/ hold, commands and files exist."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import importlib.util
 import re
 from pathlib import Path
 
-from bench.readme import BLOCK, filled
+import pytest
+
+from bench.readme import BLOCK, PAGES, filled
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 
-def test_tables_are_what_the_results_hold() -> None:
-    assert len(BLOCK.findall(TEXT)) >= 4
-    assert filled(TEXT) == TEXT, "run python -m bench.readme"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_what_the_results_hold(page: Path) -> None:
+    text = page.read_text()
+    assert len(BLOCK.findall(text)) >= {"README.md": 10, "log-probabilities.md": 7}.get(page.name, 0)
+    assert filled(text) == text, "run python -m bench.readme"
 
 
 def test_a_changed_figure_is_seen() -> None:
@@ -23,7 +27,7 @@ def test_a_changed_figure_is_seen() -> None:
 
 
 def test_commands_exist() -> None:
-    modules = set(re.findall(r"python -m ([\w.]+)", TEXT)) - {"pytest"}
+    modules = {name for page in PAGES for name in re.findall(r"python -m ([\w.]+)", page.read_text())} - {"pytest"}
     assert {"qlab.kernels", "qlab.quantize", "bench.gpu_session"} <= modules
     for name in modules:
         spec = importlib.util.find_spec(name)
@@ -32,6 +36,10 @@ def test_commands_exist() -> None:
             assert importlib.util.find_spec(f"{name}.__main__"), name
 
 
-def test_files_exist() -> None:
-    for name in re.findall(r"\]\(([^)#:]+)\)", TEXT) + re.findall(r"`((?:qlab|kernels|csrc|results|bench)/[\w/.]*)`", TEXT):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_exist(page: Path) -> None:
+    text = page.read_text()
+    for name in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / name).exists(), name
+    for name in re.findall(r"`((?:qlab|kernels|csrc|results|bench)/[\w/.-]*)`", text):
         assert (ROOT / name).exists(), name

@@ -58,7 +58,7 @@ class Builtin:
         if native and not same:
             there = "on the CPU" if here is None else f"on this GPU ({here.key})"
             raise UnsupportedError(f"{path}: its kernels do not run natively {there}; leave native out to replay them")
-        self.path, self.device, self.dtype, self.flip = path, device, dtype, flip
+        self.directory, self.path, self.device, self.dtype, self.flip = directory, path, device, dtype, flip
         self.native = same and native is not False
         """Whether kernels run natively, where they can."""
         files = ModelFiles(directory, dtype)

@@ -89,9 +89,14 @@ def count(v: float) -> str:
     return f"{v:,.0f}" if math.isfinite(v) and v < 1e7 else small(v)
 
 
-def reason(text: str) -> Text:
+def short_reason(text: str) -> str:
     """Why there is no figure; of an opaque sum its library alone: the JSON has the whole sentence."""
-    return Text(" ".join(text.split()[:2]) if text.startswith("opaque: ") else text, style="dim italic")
+    return " ".join(text.split()[:2]) if text.startswith("opaque: ") else text
+
+
+def reason(text: str) -> Text:
+    """The short reason as a cell."""
+    return Text(short_reason(text), style="dim italic")
 
 
 def _two_digits(v: float) -> str:

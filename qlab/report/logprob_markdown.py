@@ -11,7 +11,7 @@ import typer
 from qlab.command import one_sentence
 from qlab.logprobs.statistics import Figure
 from qlab.logprobs.tables import Entry, ExperimentResult, Matrix, Tables
-from qlab.report.logprob_cells import count, figure, interval, prompts, times
+from qlab.report.logprob_cells import count, figure, interval, prompts, short_reason, times
 from qlab.report.logprobs import SPREAD_UNKNOWN, auc_interval, names, spread, title
 from qlab.report.markdown import table
 from qlab.report.terminal import share
@@ -86,7 +86,7 @@ def document(r: ExperimentResult) -> str:
 
 def _entry(e: Entry) -> str:
     if e.figure is None:
-        return e.reason
+        return short_reason(e.reason)
     if e.identical:
         return "0"
     if e.figure.infinite:
