@@ -25,7 +25,7 @@ from qlab.engine.path import Path
 from qlab.engine.request import check
 from qlab.engine.run import Advance, Request, Run, Scored
 from qlab.engine.schedule import Step, size
-from qlab.errors import CheckpointError, QlabError, UnsupportedError
+from qlab.errors import CheckpointError, UnsupportedError
 from qlab.lab.model_files import ModelFiles
 
 SOURCES = {"awq": ("awq", "unquantised"), "gptq": ("gptq", "compressed-tensors", "unquantised")}
@@ -112,7 +112,7 @@ class Builtin:
             row += span.stop - span.start
         exact = self.model.step(tokens, placed)
         if bool(exact.isnan().any()):
-            raise QlabError(
+            raise UnsupportedError(
                 f"{self.path}: a log-probability is not a number in sequences {sorted({s.sequence for s in step})}: "
                 f"a linear left the range of {str(self.dtype).removeprefix('torch.')}; run the model in another dtype"
             )

@@ -55,7 +55,8 @@ class Compared:
         generated = c.recordings.get(g, ABSENT)
         if mode == "decode":
             return self.forced(generated, c.decode.get((g, r), generated if g == r else ABSENT), decoded=True)
-        return self.free(generated, c.recordings.get(r, ABSENT))
+        # Another path's run is one of its own: atomics add in another order than they did for the generator.
+        return self.free(generated, (c.recordings if g == r else c.again).get(r, ABSENT))
 
     def forced(self, a: Found, b: Found, *, decoded: bool = False) -> Pair | str:
         """Runs over the same tokens; ``decoded`` leaves the rows of the prompts out."""

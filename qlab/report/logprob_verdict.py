@@ -19,14 +19,14 @@ from qlab.report.terminal import Titled, share
 def verdict(v: Verdict) -> RenderableType:
     """A trace's verdict: the sentence, then each class."""
     colour = {"consistent": "green", "named": "green"}.get(v.answer, "yellow")
-    table = Titled("Candidates", gap=2)
+    table = Titled("Candidates", gap=1)
     table.column("class", ratio=1)
     for column in ("L2 from the trace", "equal rows", "p", "AUC", "tokens"):
         table.column(column, justify="right", no_wrap=True)
     for c in sorted(v.candidates, key=lambda c: c.distance.value):
         kept = c.members in v.classes
         p = Text(small(c.p) if c.p < 1 else "1", style="bold" if kept else "dim")
-        members = Text(", ".join(c.members), style="bold" if kept else "")
+        members = Text("\n".join(c.members), style="bold" if kept else "")
         auc, tokens = _told(v, c.members)
         table.row(members, figure_cell(c.distance), share(c.equal_rows), p, auc, tokens)
     options = [f"top-{v.top_k}"] * (v.top_k is not None) + [f"{v.decimals} decimals"] * (v.decimals is not None)

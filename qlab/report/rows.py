@@ -50,8 +50,8 @@ def show_replayed(r: Replayed, console: Console) -> None:
 def show_counted(c: Counted, rule: Rule, console: Console) -> None:
     """The verdict by the verifier's own kernels."""
     how = "native kernels" if c.origin == "native" else f"replay stands in for {c.verifier}'s kernels"
-    table = Titled(f"By kernels of {c.verifier} ({how}): {c.rows} recorded rows", gap=2)
-    table.column("verifier's method", no_wrap=True)
+    table = Titled(f"By kernels of {c.verifier} ({how}): {c.rows} recorded rows", gap=1)
+    table.column("verifier's\nmethod", no_wrap=True)
     for name in ("elements\nthat differ", "share", "rows\nnearest"):
         table.column(name, justify="right", no_wrap=True)
     table.column("predicted share\nby generator", no_wrap=True)
