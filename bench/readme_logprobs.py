@@ -67,7 +67,8 @@ def rows(path: Path, _: str) -> str:
 def stand_in(path: Path, others: str) -> str:
     """Signal, noise and SNR where a second kind of engine stands in for a second GPU."""
     body, note = [], ""
-    for file in (path, *(ROOT / other for other in others.split(",") if other)):
+    files = (path, *(ROOT / other for other in others.split(",") if other))
+    for file in files:
         result = json.loads(file.read_text())
         for plain in result["rows"]:
             r = from_plain(AcrossRow, plain)
@@ -77,7 +78,7 @@ def stand_in(path: Path, others: str) -> str:
                 body.append([r.gpus[1], pair, *cells])
         e = result["environment"]
         note = f"vLLM {e['packages'].get('vllm', '0.20.2')} on {e['gpu']}, driver {e['driver']}; {result['prompts']} prompts"
-    return _noted(table(["second engine", "pair", "Signal", "Noise", "SNR"], body), note, path)
+    return _noted(table(["second engine", "pair", "Signal", "Noise", "SNR"], body), note, *files)
 
 
 def explained(path: Path, others: str) -> str:
@@ -99,7 +100,7 @@ def explained(path: Path, others: str) -> str:
                         pair = f"`{g}` to `{r}`".replace("@h100", "")
                         body.append([_model(a), pair, small(x.value), small(y.value), f"{share:.0%}"])
     header = ["model", "pair", "vLLM", "linear layers alone", "share of the squared distance per row"]
-    return _noted(table(header, body), "on an H100, prefill", path)
+    return _noted(table(header, body), "on an H100, prefill", *files)
 
 
 def _rows(r: ExperimentResult) -> float:
@@ -115,8 +116,9 @@ def _count(v: float) -> str:
     return f"{v:,.0f}" if v < 1e9 else "none"
 
 
-def _noted(body: str, note: str, path: Path) -> str:
-    return f"{body}\n\n<sub>{note}. From `{path.relative_to(ROOT)}`.</sub>"
+def _noted(body: str, note: str, *paths: Path) -> str:
+    files = ", ".join(f"`{path.relative_to(ROOT)}`" for path in paths)
+    return f"{body}\n\n<sub>{note}. From {files}.</sub>"
 
 
 KINDS: Mapping[str, Callable[[Path, str], str]] = {

@@ -32,6 +32,15 @@ SOURCES = {"awq": ("awq", "unquantised"), "gptq": ("gptq", "compressed-tensors",
 """Methods of checkpoints that vLLM's labels of a family run; an unquantised model is rounded to nearest for either."""
 
 
+def check_family(files: ModelFiles, path: Path) -> None:
+    """Raise CheckpointError where vLLM does not run such a checkpoint under the path's label."""
+    if path.method in dispatch.LABELS and files.method not in SOURCES[path.source]:
+        raise CheckpointError(
+            f"{files.directory}: a checkpoint of {files.method}, which vLLM does not run as {path.method}; "
+            f"name one of {path.source}"
+        )
+
+
 class Builtin:
     """The model in ``directory`` on ``path``, its tensors on ``device``.
 
@@ -62,11 +71,7 @@ class Builtin:
         self.native = same and native is not False
         """Whether kernels run natively, where they can."""
         files = ModelFiles(directory, dtype)
-        if path.method in dispatch.LABELS and files.method not in SOURCES[path.source]:
-            raise CheckpointError(
-                f"{directory}: a checkpoint of {files.method}, which vLLM does not run as {path.method}; "
-                f"name one of {path.source}"
-            )
+        check_family(files, path)
         self.model = Llama(files, path, device, native if self.native else False)
 
     def moved(self, flip: Flip) -> Builtin:

@@ -30,8 +30,8 @@ SCHEMA, RULE, VERDICT = "qlab.rows.counts/1", "qlab.rows.rule/1", "qlab.rows.ver
 ASSUMPTIONS = (
     "the generator ran one of these methods on one of these GPUs",
     "rows were drawn by the verifier, every (linear, token) equally likely, after the generator committed to all",
-    "calibration rows are a sample of the same population: linears and M alike, activations of like text",
-    "recipes are exact: proved on H100 and H200, a prediction for other GPUs (README)",
+    "calibration rows stand for independent draws from the same population: linears and M alike, activations of like text",
+    "recipes are exact: compared with kernels on H100 and H200, a prediction for other GPUs (README)",
 )
 
 

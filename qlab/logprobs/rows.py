@@ -28,7 +28,7 @@ SCHEMA = "qlab.rows.replay/1"
 EXCLUDED, SURVIVES, UNDECIDED = "excluded", "survives", "undecided"
 ASSUMPTIONS = (
     "the generator is one of the candidates, or none of them survives",
-    "recipes are exact: proved on H100 and H200, a prediction for other GPUs (README)",
+    "recipes are exact: compared with kernels on H100 and H200, a prediction for other GPUs (README)",
     "the rows are the ones that served the tokens: committed to before they were sampled, places as the scheduler's",
 )
 

@@ -11,7 +11,7 @@ import typer
 from qlab.command import one_sentence
 from qlab.logprobs.statistics import Figure
 from qlab.logprobs.tables import Entry, ExperimentResult, Matrix, Tables
-from qlab.report.logprob_cells import count, figure, interval, prompts, short_reason, times
+from qlab.report.logprob_cells import count, figure, prompts, short_reason, times
 from qlab.report.logprobs import SPREAD_UNKNOWN, auc_interval, names, spread, title
 from qlab.report.markdown import table
 from qlab.report.terminal import share
@@ -104,8 +104,7 @@ def _times(f: Figure) -> str:
 def _share(f: Figure) -> str:
     if f.value == f.low == f.high:
         return share(f.value)
-    percent = Figure(100 * f.value, 100 * f.low, 100 * f.high, f.infinite, f.prompts)
-    return f"{share(f.value)} {interval(percent)}" + ("" if math.isnan(f.low) else "%")
+    return f"{share(f.value)} " + ("one prompt" if math.isnan(f.low) else f"[{100 * f.low:.3g}, {100 * f.high:.3g}]%")
 
 
 @one_sentence("qlab.report.logprob_markdown")

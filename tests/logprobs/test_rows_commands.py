@@ -107,6 +107,8 @@ def test_rates(tmp_path: Path) -> None:
         (["verify", "TRACE", "--candidates", "awq@a100,awq@h100:vllm", "--verifier", "h100"], "cannot share one rule"),
         (["verify", "TRACE", "--candidates", "awq@a100,awq@h100", "--verifier", "h100"], "two methods or more"),
         (["verify", "TRACE", "--candidates", "awq@a100,gptq@a100", "--verifier", "h900"], "unknown GPU"),
+        (["verify", "TRACE", "--candidates", "awq@a100", "--awq", "GPTQ"], "a checkpoint of gptq"),
+        (["rates", "--methods", "awq", "--awq", "GPTQ"], "a checkpoint of gptq"),
         (["rates", "--m", "0"], "--m '0'"),
         (["rates", "--dtype", "int8"], "--dtype 'int8'"),
         (["rates", "--methods", "nothing"], "unknown method"),
@@ -115,7 +117,8 @@ def test_rates(tmp_path: Path) -> None:
     ],
 )
 def test_refusals(arguments: list[str], message: str, whole: Path) -> None:
-    found = invoke(*[str(whole) if a == "TRACE" else a for a in arguments])
+    known = {"TRACE": str(whole), "GPTQ": str(data.model_directory("gptq"))}
+    found = invoke(*[known.get(a, a) for a in arguments])
     assert found.exit_code == 2
     assert message in found.stderr
     assert len(found.stderr.splitlines()) == 1

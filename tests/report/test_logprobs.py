@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from qlab.logprobs.detection import detect
 from qlab.logprobs.statistics import Figure
+from qlab.logprobs.tables import BatchRow, Entry
 from qlab.report import logprob_cells, logprob_markdown, logprob_verdict, logprobs
 from qlab.serial import write_json
 from tests.logprobs import synthetic_runs as runs
@@ -99,6 +101,17 @@ def test_one_line_figures(figure, text):
 )
 def test_ratios(v, text):
     assert logprob_cells.times(v) == text
+
+
+def test_shares_have_their_interval_in_percent():
+    rows = (
+        BatchRow(
+            "awq@h100", "whole", Entry(Figure(0.1, 0.1, 0.1)), Figure(0.9905, 0.987, 0.995), Figure(0.0006, 0.0, 0.00254), 1.0
+        ),
+    )
+    text = logprob_markdown.batch_table(replace(runs.result().tables, batches=rows))
+    assert "99.05% [98.7, 99.5]%" in text
+    assert "0.06% [0, 0.254]%" in text
 
 
 def test_one_prompt_claims_no_interval():

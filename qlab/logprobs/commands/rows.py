@@ -229,11 +229,17 @@ def _context(given: Trace) -> str:
 
 
 def _directories(paths: list[EnginePath], awq: Path | None, gptq: Path | None) -> dict[str, Path]:
-    """Checkpoint per family that a path needs; the shipped one by default."""
+    """Checkpoint per family that a path needs; the shipped one by default. Raises CheckpointError for one of another family."""
+    from qlab.engine.builtin import check_family
+    from qlab.lab.model_files import ModelFiles
     from qlab.logprobs.engines import default_directory
 
     given = {"awq": awq, "gptq": gptq}
-    return {p.source or "gptq": given[p.source or "gptq"] or default_directory(p) for p in paths}
+    found = {p.source or "gptq": given[p.source or "gptq"] or default_directory(p) for p in paths}
+    files = {source: ModelFiles(directory) for source, directory in found.items()}
+    for path in paths:
+        check_family(files[path.source or "gptq"], path)
+    return found
 
 
 def _check_models(given: Trace, directories: dict[str, Path], any_model: bool) -> None:
