@@ -46,6 +46,11 @@ class Telling:
     """The same by resampling prompts; None with fewer than 20 prompts."""
     tokens_per_prompt: float
 
+    @property
+    def one_prompt(self) -> bool:
+        """Whether a single prompt was enough under every resampling: fewer tokens were not tried, so the number is a limit."""
+        return self.tokens.high <= self.tokens_per_prompt
+
 
 def tell(
     claimed: str, other: str, verifier: str, negatives: ArrayLike, positives: ArrayLike, tokens_per_prompt: float

@@ -57,7 +57,8 @@ def detection_table(t: Tables) -> str:
         blind = d.auc.value == d.auc.low == d.auc.high == 0.5
         auc = f"{d.auc.value:.3f} {auc_interval(d.auc)}"
         tokens = SPREAD_UNKNOWN if math.isnan(d.tokens.value) else count(d.tokens.value)
-        tokens += "" if math.isnan(d.tokens.low) else f" [{count(d.tokens.low)}, {count(d.tokens.high)}]"
+        tokens = f"at most {tokens}" if d.one_prompt else tokens
+        tokens += "" if math.isnan(d.tokens.low) or d.one_prompt else f" [{count(d.tokens.low)}, {count(d.tokens.high)}]"
         rows.append([f"`{d.claimed}`", f"`{d.other}`", f"`{d.verifier}`", auc, "cannot be told" if blind else tokens])
     return table(["claimed", "in truth", "verifier", "AUC", "tokens for 99% power at 1% false positives"], rows)
 

@@ -51,4 +51,6 @@ def _told(v: Verdict, members: tuple[str, ...]) -> tuple[str, str]:
     found = next((t for t in v.tellings if t.other == class_name(members)), None)
     if found is None:
         return "-", "-"
-    return f"{found.auc.value:.3f}", SPREAD_UNKNOWN if math.isnan(found.tokens.value) else count(found.tokens.value)
+    limit = "<= " if found.one_prompt else ""
+    tokens = SPREAD_UNKNOWN if math.isnan(found.tokens.value) else f"{limit}{count(found.tokens.value)}"
+    return f"{found.auc.value:.3f}", tokens

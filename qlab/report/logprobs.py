@@ -189,6 +189,8 @@ def tokens_cell(d: Telling) -> Text:
     """Tokens needed, the interval below; behind it, where there is one, the number by resampling."""
     if math.isnan(d.tokens.value):
         return Text(SPREAD_UNKNOWN, style="dim")
+    if d.one_prompt:
+        return over(f"at most {count(d.tokens.value)}", "one prompt")
     below = "one prompt" if math.isnan(d.tokens.low) else f"[{count(d.tokens.low)}, {count(d.tokens.high)}]"
     if d.resampled:
         below += f"\nresampled {count(d.resampled.value)} [{count(d.resampled.low)}, {count(d.resampled.high)}]"

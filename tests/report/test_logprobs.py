@@ -176,3 +176,13 @@ def test_a_matrix_that_does_not_fit_has_numbers_for_names():
     for i, name in enumerate(logprobs.names(m), 1):
         assert f" {i} {name} " in text
     assert "awq_marlin " in printed(lambda c: c.print(logprobs.matrix_table(m, c.width)), 100).splitlines()[2]
+
+
+def test_one_prompt_that_was_enough_is_a_limit() -> None:
+    from qlab.logprobs.telling import tell
+    from qlab.report.logprobs import tokens_cell
+
+    apart = tell("a", "b", "v", [1.0, 1.1, 0.9, 1.0], [9.0, 9.1, 8.9, 9.0], 131)
+    near = tell("a", "b", "v", [1.0, 1.1, 0.9, 1.0], [1.1, 1.0, 1.1, 1.2], 131)
+    assert tokens_cell(apart).plain == "at most 131\none prompt"
+    assert "at most" not in tokens_cell(near).plain
