@@ -33,6 +33,7 @@ from qlab.logprobs.experiment import Plan
 from qlab.logprobs.trace import Trace
 from qlab.recipe import Recipe
 from qlab.replay import replay
+from qlab.replay.rows import at_rows
 from qlab.serial import write_json
 from qlab.weights import Int4Weight
 
@@ -147,9 +148,7 @@ def _replayed(row: Row, weight: Int4Weight, gpu: str, device: torch.device) -> T
         return made
     if made.opaque or not made.ordered:
         return f"opaque: {made.opaque}" if made.opaque else "atomics: no one answer"
-    x = torch.zeros((row.M, weight.K), dtype=row.x.dtype, device=device)
-    x[row.row] = row.x.to(device)
-    return replay(made, x, weight)[row.row].cpu()
+    return replay(at_rows(made, [row.row]), row.x.to(device)[None], weight)[0].cpu()
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """A Llama of any size with random weights, written as AWQ and as GPTQ checkpoints in seconds, for timing and divergence.
 
-    python -m bench.random_model --out /tmp/random --layers 32      # the shape of Llama-3-8B but for the vocabulary
+    python -m bench.random_model --out random --layers 32      # the shape of Llama-3-8B but for the vocabulary
 
 Both checkpoints share codes and scales. Codes are uniform over 1 to 15, so that weights have mean 0 about zero point 8; scales
 differ per group and column by up to a quarter. GPTQ is symmetric. AWQ has the zero points 7 and 9 in a sixteenth of its groups

@@ -1,8 +1,8 @@
 """The experiment's tables with vLLM's own engine on this machine's GPU, all engines at once, and a trace of each path.
 
     python -m bench.vllm_experiment --hw h200 --out results/h200/vllm
-    python -m bench.vllm_experiment --hw h200 --out /tmp/attention --methods awq,awq_marlin --against attention=TRITON_ATTN
-    python -m bench.vllm_experiment --hw h200 --out /tmp/tp --methods awq_marlin --against gpus=2
+    python -m bench.vllm_experiment --hw h200 --out attention --methods awq,awq_marlin --against attention=TRITON_ATTN
+    python -m bench.vllm_experiment --hw h200 --out parallel --methods awq_marlin --against gpus=2
 
 Finished runs stay in ``OUT/runs``: the same command goes on where it stopped. ``OUT/result.json`` is what ``python -m
 qlab.logprobs experiment --json`` writes; ``OUT/traces`` holds a recording of each path with rows of its linears; ``OUT/logs``
@@ -40,6 +40,7 @@ from qlab.logprobs.maker import Maker
 from qlab.logprobs.record import record
 from qlab.logprobs.statistics import Array, mean, ratio
 from qlab.logprobs.tables import AcrossRow
+from qlab.logprobs.tabulate import label
 from qlab.serial import write_json
 from qlab.weights import DTYPES
 
@@ -159,7 +160,7 @@ def _distances(a: Sequences, b: Sequences, top_k: int) -> Array:
 
 
 def _labels(methods: tuple[Path, Path]) -> tuple[str, ...]:
-    return tuple(str(m).replace(f"@{m.gpu}", "") for m in methods)
+    return tuple(map(label, methods))
 
 
 def record_all(plan: Plan, maker: Maker, out: File, count: int, digests: bool) -> list[str]:

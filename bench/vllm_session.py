@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +62,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for results, traces and logs")
     parser.add_argument("--hw", default="h100", help="key of this GPU in qlab's table")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all steps together")
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp/qlab-random-model"), help="folder of the large model")
+    parser.add_argument(
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "qlab-random-model", help="folder of the large model"
+    )
     parser.add_argument("--layers", type=int, default=32, help="of the large model")
     parser.add_argument("--only", help="comma-separated step names")
     args = parser.parse_args()

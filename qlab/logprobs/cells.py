@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import qlab
-from qlab.backends import registry
+from qlab.backends import dispatch, registry
 from qlab.engine.path import Path
 from qlab.engine.run import Advance, Call, Engine, Request, Scored
 from qlab.errors import QlabError, UnsupportedError
@@ -50,10 +50,8 @@ class Bench:
 
 
 def _ordered(path: Path) -> bool:
-    names = {"gptq": "vllm.gptq_gemm", "awq": "vllm.awq_gemm"}
-    if path.method in ("awq_marlin", "gptq_marlin"):
-        return True
-    return registry.kernel(names.get(path.method, path.method)).repeatable
+    """Whether every kernel that the path may run adds in a fixed order."""
+    return all(registry.kernel(name).repeatable for name in dispatch.KERNELS.get(path.method, (path.method,)))
 
 
 @dataclass(frozen=True, eq=False)
