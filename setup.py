@@ -16,12 +16,14 @@ from setuptools.errors import CompileError
 # tests/test_install.py compares the built wheel with the folders, so a forgotten line fails there.
 PACKAGES = [
     "qlab",
+    "qlab.attribution",
     "qlab.backends",
     "qlab.checkpoint",
     "qlab.data",
     "qlab.engine",
     "qlab.kernels",
     "qlab.lab",
+    "qlab.layers",
     "qlab.logprobs",
     "qlab.logprobs.commands",
     "qlab.packing",

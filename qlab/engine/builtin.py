@@ -41,6 +41,18 @@ def check_family(files: ModelFiles, path: Path) -> None:
         )
 
 
+def runs_natively(path: Path, device: torch.device, native: bool | None) -> bool:
+    """Whether the path's kernels run natively on ``device``: where its GPU has the arithmetic of the path's, unless ``native``
+    is False. Raises UnsupportedError where ``native`` is True and cannot be had.
+    """
+    here = hardware.detect() if device.type == "cuda" else None
+    same = here is not None and here.same_arithmetic(hardware.gpu(path.gpu))
+    if native and not same:
+        there = "on the CPU" if here is None else f"on this GPU ({here.key})"
+        raise UnsupportedError(f"{path}: its kernels do not run natively {there}; leave native out to replay them")
+    return same and native is not False
+
+
 class Builtin:
     """The model in ``directory`` on ``path``, its tensors on ``device``.
 
@@ -62,13 +74,8 @@ class Builtin:
         flip: Flip | None = None,
     ) -> None:
         device = torch.device(device)
-        here = hardware.detect() if device.type == "cuda" else None
-        same = here is not None and here.same_arithmetic(hardware.gpu(path.gpu))
-        if native and not same:
-            there = "on the CPU" if here is None else f"on this GPU ({here.key})"
-            raise UnsupportedError(f"{path}: its kernels do not run natively {there}; leave native out to replay them")
         self.directory, self.path, self.device, self.dtype, self.flip = directory, path, device, dtype, flip
-        self.native = same and native is not False
+        self.native = runs_natively(path, device, native)
         """Whether kernels run natively, where they can."""
         files = ModelFiles(directory, dtype)
         check_family(files, path)

@@ -21,6 +21,11 @@ from qlab.recipe import Recipe
 from qlab.replay import Decoded, Prepared
 from qlab.weights import Int4Weight
 
+FOLLOWED = "hybrid"
+"""Stands for a kernel's name where a recipe was named instead."""
+Choose = Callable[[int], Recipe]
+"""The recipe for a number of tokens."""
+
 
 @dataclass(frozen=True, eq=False)
 class Form:
@@ -55,6 +60,25 @@ class Linear:
         self._forms: dict[int, Form] = {}
         self._packed: dict[str, Packed] = {}
         self._decoded: list[Decoded] = []
+        self._choose: Choose | None = None
+        self._followed: dict[str, Form] = {}
+
+    @property
+    def weight(self) -> Int4Weight:
+        return self._weight
+
+    @property
+    def problem(self) -> Problem:
+        """The linear's problem, with M = 0; ``bias`` says whether it has one, wherever it is added."""
+        return replace(self._problem, bias=self._bias is not None)
+
+    def follow(self, choose: Choose | None) -> None:
+        """Replay the recipe that ``choose`` names for each number of tokens, in place of the path's kernel; None returns to it.
+
+        A recipe without a bias gets the linear's added behind it. Weights and programs are kept for recipes seen before.
+        """
+        self._choose = choose
+        self._forms = {}
 
     def form(self, m: int) -> Form:
         """How ``m`` tokens are computed.
@@ -72,6 +96,8 @@ class Linear:
 
     def _find(self, m: int) -> Form:
         problem = replace(self._problem, M=m)
+        if self._choose is not None:
+            return self._follow(self._choose(m), m)
         name = self.path.kernel(problem)
         kernel = registry.kernel(name)
         inside = self._bias is not None and isinstance(kernel, Marlin)
@@ -88,18 +114,29 @@ class Linear:
             raise UnsupportedError(f"{self.name}: {name} cannot be replayed: {made}")
         if made.opaque:
             raise UnsupportedError(f"{opaque_reason(made, hardware.gpu(self.path.gpu))} ({self.name}, {m} tokens)")
+        return self._replay(name, made, m, inside)
+
+    def _follow(self, made: Recipe, m: int) -> Form:
+        if made.hash not in self._followed:
+            inside = any(r.output.bias != "none" for r in made.regions)
+            self._followed[made.hash] = self._replay(FOLLOWED, made, m, inside)
+        return self._followed[made.hash]
+
+    def _replay(self, name: str, made: Recipe, m: int, inside: bool) -> Form:
         prepared = Prepared(made, self._decode(made, self._bias if inside else None))
+        after = None if inside else self._bias
         draw = _draw(self.name, m)
         if prepared.ordered:
-            return Form(name, REPLAY, known, _biased(lambda x, seed: prepared.run(x), after))
-        return Form(name, REPLAY, known, _biased(lambda x, seed: prepared.run(x, draw(seed)), after))
+            return Form(name, REPLAY, made.hash, _biased(lambda x, seed: prepared.run(x), after))
+        return Form(name, REPLAY, made.hash, _biased(lambda x, seed: prepared.run(x, draw(seed)), after))
 
     def _call(self, kernel: Kernel, inside: bool) -> Callable[[Tensor, int], Tensor]:
         if kernel.name not in self._packed:
             self._packed[kernel.name] = kernel.pack(self._weight.to(self.device))
         packed = self._packed[kernel.name]
         if inside and isinstance(kernel, Marlin):
-            return lambda x, seed: kernel.gemm(x, packed, self._bias)
+            bias = self._bias  # bound here, so that the linear is in no cycle of references and goes when it is dropped
+            return lambda x, seed: kernel.gemm(x, packed, bias)
         return lambda x, seed: kernel.run(x, packed)
 
     def _decode(self, recipe: Recipe, bias: Tensor | None) -> Decoded:

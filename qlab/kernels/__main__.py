@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from click.core import ParameterSource
 
 from qlab.command import one_sentence
+from qlab.errors import QlabError
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+EXPLAIN = "Why two paths differ (--explain)"
+MAP = "Where a recipe changes (--map)"
 
 
 @app.command()
 @one_sentence("qlab.kernels")
 def main(
+    context: typer.Context,
     hw: Annotated[str, typer.Option(help="GPU whose kernels and dispatch are asked for: h100, h200, a100, ...")] = "h100",
     against: Annotated[
         str | None, typer.Option(help="GPU to compare --hw with, by replay: a100 by default (h100 for a100), or none")
@@ -40,12 +47,66 @@ def main(
     pin_marlin: Annotated[bool, typer.Option("--pin-marlin", help="show dispatch with Machete disabled")] = False,
     every_layer: Annotated[bool, typer.Option("--every-layer", help="print each layer's pairwise matrix too")] = False,
     json: Annotated[Path | None, typer.Option(help="write the whole result here")] = None,
-    plot: Annotated[Path | None, typer.Option(help="write heat maps here (.png, .svg, .pdf)")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write the figure here (.png, .svg, .pdf)")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU where there is one")] = None,
+    explain: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="A B",
+            help="split the difference of two paths, method, method@gpu or method@gpu:vllm, into named causes",
+            rich_help_panel=EXPLAIN,
+        ),
+    ] = None,
+    model_b: Annotated[Path | None, typer.Option(help="B's checkpoint; --model is A's", rich_help_panel=EXPLAIN)] = None,
+    prompts: Annotated[
+        int | None, typer.Option(help="prompts cut from the text, of --tokens tokens each", min=1, rich_help_panel=EXPLAIN)
+    ] = None,
+    decode: Annotated[
+        int,
+        typer.Option(help="tokens of each prompt that are fed one by one, behind the prefill", min=0, rich_help_panel=EXPLAIN),
+    ] = 0,
+    top_k: Annotated[
+        int, typer.Option(help="log-probabilities compared per row; 0 for all", min=0, rich_help_panel=EXPLAIN)
+    ] = 5,
+    samples: Annotated[
+        int | None, typer.Option(help="draw so many orders of swapping, in place of all", min=2, rich_help_panel=EXPLAIN)
+    ] = None,
+    requantize: Annotated[
+        bool,
+        typer.Option(
+            help="split the weights into algorithm, zero points, ..., which takes minutes once", rich_help_panel=EXPLAIN
+        ),
+    ] = False,
+    map: Annotated[
+        str | None,
+        typer.Option(metavar="M|N|K|sms", help="for which numbers of tokens, ... a kernel sums otherwise", rich_help_panel=MAP),
+    ] = None,
+    values: Annotated[
+        str | None, typer.Option(help="what --map walks over, e.g. 1:512 or 1,16,64", rich_help_panel=MAP)
+    ] = None,
 ) -> None:
-    """Run AWQ and GPTQ INT4 kernels side by side and say how far their results lie apart."""
-    typed = {name: value for name, value in locals().items() if name != "every_layer"}
-    _run(typed, every_layer)
+    """Run AWQ and GPTQ INT4 kernels side by side and say how far their results lie apart, and why."""
+    typed = {name: value for name, value in locals().items() if name != "context"}
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if explain is not None:
+        from qlab.kernels import explaining
+
+        explaining.run(typed, given)
+    elif map is not None:
+        from qlab.kernels import mapping
+
+        mapping.run(typed, given)
+    else:
+        refuse(given, ("model_b", "prompts", "decode", "top_k", "samples", "requantize"), "belongs to --explain A B")
+        refuse(given, ("values",), "belongs to --map")
+        _run(typed, every_layer)
+
+
+def refuse(given: Iterable[str], names: Iterable[str], why: str) -> None:
+    """Refuse options that would change nothing, by name. Raises QlabError."""
+    for name in names:
+        if name in given:
+            raise QlabError(f"--{name.replace('_', '-')} {why}")
 
 
 def _run(typed: dict[str, Any], every_layer: bool) -> None:
@@ -60,7 +121,7 @@ def _run(typed: dict[str, Any], every_layer: bool) -> None:
     from qlab.report.figures import heat_maps
     from qlab.serial import write_json
 
-    todo = work(Options(**typed))
+    todo = work(Options(**{f.name: typed[f.name] for f in fields(Options)}))
     bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*bar, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("reading the model", total=todo.count * len(run.columns(todo.plan)))

@@ -19,6 +19,8 @@ from qlab.weights import Int4Weight, round_once, sequential_groups
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 CODES = 8
 """Codes that are named one by one."""
+ONE_LOW = "zero points: one too low (stored minus one as in GPTQ v1, read as v2)"
+ONE_HIGH = "zero points: one too high (stored as they are as in GPTQ v2, read as v1)"
 
 Fault = Callable[[Int4Weight], Int4Weight]
 """From the expected weight to the one that a kernel with this fault decodes."""
@@ -50,14 +52,8 @@ def diagnose(got: Tensor, expected: Int4Weight, kernel: Kernel, places: Tensor, 
 def hypotheses(weight: Int4Weight) -> Iterator[tuple[str, Fault]]:
     """Every fault that the probe knows by name, for a weight of this shape."""
     yield from _nibble_faults(weight)
-    yield (
-        "zero points: one too low (stored minus one as in GPTQ v1, read as v2)",
-        lambda w: replace(w, zeros=_shift(w.zeros, -1)),
-    )
-    yield (
-        "zero points: one too high (stored as they are as in GPTQ v2, read as v1)",
-        lambda w: replace(w, zeros=_shift(w.zeros, 1)),
-    )
+    yield ONE_LOW, lambda w: replace(w, zeros=_shift(w.zeros, -1))
+    yield ONE_HIGH, lambda w: replace(w, zeros=_shift(w.zeros, 1))
     yield (
         "zero points: 8 everywhere (an asymmetric weight read as symmetric)",
         lambda w: replace(w, zeros=torch.full_like(w.zeros, 8)),

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from qlab.checkpoint import write
 from qlab.command import one_sentence
 from qlab.errors import QlabError
 from qlab.quantize.llama import load, tokenizer
 from qlab.quantize.model import Options, quantize_model, steps
+from qlab.quantize.save import save
 from qlab.quantize.text import read_text, token_rows
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 class Method(str, Enum):
@@ -104,20 +91,7 @@ def main(
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(method.value, total=steps(network))
         result = quantize_model(network, batches, options, lambda name: bar.update(task, advance=1, description=name))
-    config: dict[str, Any] = json.loads((model / "config.json").read_text("utf-8"))
-    config.pop("torch_dtype", None)
-    config["dtype"] = dtype.value
-    extra = {name: model / name for name in TOKENIZER_FILES if (model / name).is_file()}
-    write(
-        out,
-        layout.value,
-        result.weights,
-        result.others,
-        config,
-        version=2 if version == 2 else 1,
-        extra_files=extra,
-        overwrite=overwrite,
-    )
+    save(out, layout.value, result, model, options.dtype, version=2 if version == 2 else 1, overwrite=overwrite)
     typer.echo(f"{out}: {len(result.weights)} linears by {method.value}, group {group}, {layout.value} layout")
 
 

@@ -88,7 +88,7 @@ def module_name(layer: int, path: str) -> str:
 
 
 class _Caught(Exception):
-    """Stops a forward pass once the first layer's arguments are known."""
+    """Stops a forward pass once it has shown what it was run for."""
 
 
 def first_inputs(model: nn.Module, batches: Sequence[Tensor]) -> Inputs:
@@ -121,18 +121,25 @@ def forward(layer: nn.Module, inputs: Inputs) -> Inputs:
 
 
 def gather(layer: nn.Module, inputs: Inputs, units: Sequence[Unit], where: str = "") -> dict[str, Statistics]:
-    """Statistics of each unit's input, by the unit's name, as ``layer`` now computes it."""
+    """Statistics of each unit's input, by the unit's name, as ``layer`` now computes it; it runs no further than they need."""
     found: dict[str, Statistics] = {}
+    left: set[str] = set()
     with ExitStack() as hooks:
         for unit in units:
             linear: Any = layer.get_submodule(unit.members[0])
             found[unit.name] = statistics = Statistics(linear.weight.shape[1], f"{where}.{unit.members[0]}")
 
-            def add(_: nn.Module, args: tuple[Tensor, ...], statistics: Statistics = statistics) -> None:
+            def add(_: nn.Module, args: tuple[Tensor, ...], name: str = unit.name, statistics: Statistics = statistics) -> None:
                 statistics.add(args[0])
+                left.discard(name)
+                if not left:
+                    raise _Caught
 
             hooks.enter_context(linear.register_forward_pre_hook(add))
-        forward(layer, inputs)
+        for part in inputs:
+            left.update(found)
+            with suppress(_Caught):
+                forward(layer, [part])
     return found
 
 

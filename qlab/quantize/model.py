@@ -84,6 +84,7 @@ def quantize_model(
         raise QlabError(f"{options.method} needs calibration text; give some tokens")
     weights: dict[str, Int4Weight] = {}
     inputs = first_inputs(model, batches) if options.method != "rtn" else []
+    last = len(layers(model)) - 1
     for i, layer in enumerate(layers(model)):
         name = module_name(i, "")
 
@@ -99,7 +100,7 @@ def quantize_model(
             found = _rtn(layer, name, options, tell)
         install(model, found)
         weights |= found
-        inputs = forward(layer, inputs)
+        inputs = forward(layer, inputs) if i < last else []
     return Quantized(weights, _others(model, weights, options.dtype))
 
 

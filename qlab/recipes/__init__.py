@@ -1,6 +1,7 @@
 """What each kernel computes, as a recipe: one file per kernel family, each with its names in ``KERNELS``.
 
-A new family is one file in this folder with a ``KERNELS`` mapping; nothing else needs an edit.
+A new family is one file in this folder with a ``KERNELS`` mapping from names to what builds their schemes (scheme.py), with
+cuts of K and other rules of its own where it has them (rules.py); nothing else needs an edit.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from qlab.errors import UnsupportedError
 from qlab.hardware import Gpu
 from qlab.recipe import Recipe
 from qlab.recipes.build import DEFAULT, Build
+from qlab.recipes.scheme import Scheme, assemble
 
-Builder = Callable[[Problem, Gpu, Build], Recipe]
+Builder = Callable[[Problem, Gpu, Build], Scheme]
 
 
 @lru_cache(maxsize=1)
@@ -29,18 +31,26 @@ def builders() -> Mapping[str, Builder]:
     return found
 
 
-def recipe(kernel: str, problem: Problem, gpu: Gpu, build: Build = DEFAULT) -> Recipe:
-    """What ``kernel`` (a registry name) computes for ``problem`` on ``gpu``.
+def scheme_of(kernel: str, problem: Problem, gpu: Gpu, build: Build = DEFAULT, *, check: bool = True) -> Scheme:
+    """What ``kernel`` (a registry name) computes for ``problem`` on ``gpu``, in named parts.
 
-    Raises UnsupportedError where no recipe is known and where the kernel does not run the problem on that GPU.
+    Raises UnsupportedError where no recipe is known and, with ``check``, where the kernel does not run the problem on that GPU.
     """
     if kernel not in builders():
         raise UnsupportedError(f"{kernel} has no recipe; kernels that have one: {', '.join(sorted(builders()))}")
     if kernel.startswith("vllm.") and build.vllm != DEFAULT.vllm:
         raise UnsupportedError(f"{kernel}'s recipe was read from vLLM {DEFAULT.vllm}, and the build is {build.vllm}")
-    if why := registry.kernel(kernel).refusal(problem, gpu.capability):
+    if check and (why := registry.kernel(kernel).refusal(problem, gpu.capability)):
         raise UnsupportedError(f"{kernel} does not run this problem on {gpu.key}: {why}")
     return builders()[kernel](problem, gpu, build)
 
 
-__all__ = ["DEFAULT", "Build", "Builder", "builders", "recipe"]
+def recipe(kernel: str, problem: Problem, gpu: Gpu, build: Build = DEFAULT) -> Recipe:
+    """What ``kernel`` (a registry name) computes for ``problem`` on ``gpu``.
+
+    Raises UnsupportedError where no recipe is known and where the kernel does not run the problem on that GPU.
+    """
+    return assemble(scheme_of(kernel, problem, gpu, build), problem)
+
+
+__all__ = ["DEFAULT", "Build", "Builder", "Scheme", "assemble", "builders", "recipe", "scheme_of"]

@@ -7,48 +7,51 @@ four accumulators a thread, joined in turn) and rounds once. Nothing depends on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from qlab.backends.registry import Problem
 from qlab.hardware import Gpu
-from qlab.recipe import Node, Opaque, Recipe, TensorCore, Tile, chain, join, rounded, zero
-from qlab.recipes.build import Build, type_name
+from qlab.recipe import Run, Walk
+from qlab.recipes.build import Build
+from qlab.recipes.rules import CHUNK, Area, Cut
+from qlab.recipes.scheme import Partial, Scheme
 
 SLICES = 8
-CHUNK = 32
-ACCUMULATORS = 4
-"""Accumulators of a thread in PyTorch's reduction (vt0)."""
 
 
-def torch_sum(partials: Sequence[Node]) -> Node:
-    """PyTorch's ``sum(0)`` over a few fp16 matrices: i, i + 4, ... in turn, then the four sums in turn, in fp32.
-
-    Its accumulators start at +0, which shows where every partial sum is -0. One +0 anywhere does what four at the start do.
-    """
-    lanes = [join(partials[i::ACCUMULATORS]) for i in range(min(ACCUMULATORS, len(partials)))]
-    return join([join(lanes), zero(partials[0])])
-
-
-def slice_order(k: int, index: int) -> np.ndarray:
-    """The k of slice ``index`` in the order in which it walks over them: int [.]."""
-    chunks = np.arange(index, k // CHUNK, SLICES)
-    return (chunks[:, None] * CHUNK + np.arange(CHUNK)).ravel()
+def slice_walk(k: int, index: int) -> Walk:
+    """The k of slice ``index`` in the order in which it walks over them."""
+    whole, rest = divmod(k, CHUNK)
+    count = len(range(index, whole, SLICES))
+    last = (Run(whole * CHUNK, rest),) if rest and whole % SLICES == index else ()
+    return (*((Run(index * CHUNK, CHUNK, count, SLICES * CHUNK),) if count else ()), *last)
 
 
-def recipe(problem: Problem, gpu: Gpu, build: Build) -> Recipe:
-    """A slice without rows stores zero, which adds nothing."""
-    step = TensorCore.of(gpu.step)
-    tree = torch_sum([rounded(chain(step, slice_order(problem.K, i)), "fp16") for i in range(SLICES)])
-    tile = Tile((0, problem.M), (0, problem.N), tree)
-    return Recipe.of(problem.M, problem.K, problem.N, type_name(problem.dtype), [tile])
+@dataclass(frozen=True)
+class Interleaved(Cut):
+    """Eight slices of chunks of 32 rows in turn, for every output [m, n]. A slice without rows stores zero."""
+
+    m: int
+    k: int
+    n: int
+
+    def areas(self, sms: int) -> Iterator[Area]:
+        yield Area((0, self.m), (0, self.n), tuple(slice_walk(self.k, i) for i in range(SLICES)))
+
+    def text(self, sms: int) -> str:
+        return f"{SLICES} interleaved slices"
 
 
-def dequantize_recipe(problem: Problem, gpu: Gpu, build: Build) -> Recipe:
+def scheme(problem: Problem, gpu: Gpu, build: Build) -> Scheme:
+    """Eight fp16 partial sums, added in fp32."""
+    on = Scheme.on(gpu, Interleaved(problem.M, problem.K, problem.N))
+    return replace(on, partial=Partial("pieces", "fp16"), order="torch.sum")
+
+
+def dequantize_scheme(problem: Problem, gpu: Gpu, build: Build) -> Scheme:
     """``awq_dequantize`` writes RN((q - z) * s) to memory; the sum is cuBLAS's."""
-    tile = Tile((0, problem.M), (0, problem.N), Opaque("cuBLAS GEMM of torch.matmul"))
-    return Recipe.of(problem.M, problem.K, problem.N, type_name(problem.dtype), [tile])
+    return Scheme.opaque(gpu, problem, "cuBLAS GEMM of torch.matmul")
 
 
-KERNELS = {"vllm.awq_gemm": recipe, "vllm.awq_dequantize": dequantize_recipe}
+KERNELS = {"vllm.awq_gemm": scheme, "vllm.awq_dequantize": dequantize_scheme}

@@ -11,27 +11,23 @@ qlab/recipes/triton.py; recordings of the kernel on an H100 and an H200 agree.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qlab.backends.registry import Problem
 from qlab.hardware import Gpu
-from qlab.recipe import Fma, Recipe, Step, TensorCore, Tile, chain
-from qlab.recipes.awq_gemm import CHUNK, SLICES, slice_order, torch_sum
-from qlab.recipes.build import Build, type_name
-from qlab.recipes.triton import dot_order, target
+from qlab.recipes import awq_gemm
+from qlab.recipes.build import Build
+from qlab.recipes.scheme import Scheme
+from qlab.recipes.triton import target
 
 K_WIDTH = 4
 TURING = (7, 5)
 
 
-def recipe(problem: Problem, gpu: Gpu, build: Build) -> Recipe:
-    """A slice without rows stores zero. Nothing depends on M, N, the group size or the number of SMs."""
-    orders = [slice_order(problem.K, i) for i in range(SLICES)]
-    step: Step = Fma("fp16")
-    if target(build, gpu, TURING) != TURING:
-        step = TensorCore.of(gpu.step, "fp16")
-        orders = [o.reshape(-1, CHUNK)[:, dot_order(CHUNK, K_WIDTH)].ravel() for o in orders]
-    tree = torch_sum([chain(step, o) for o in orders])
-    tile = Tile((0, problem.M), (0, problem.N), tree)
-    return Recipe.of(problem.M, problem.K, problem.N, type_name(problem.dtype), [tile])
+def scheme(problem: Problem, gpu: Gpu, build: Build) -> Scheme:
+    """awq_gemm's slices and sum over them. Nothing depends on M, N, the group size or the number of SMs."""
+    fp16 = replace(awq_gemm.scheme(problem, gpu, build), accumulator="fp16")
+    return replace(fp16, unit="fma") if target(build, gpu, TURING) == TURING else replace(fp16, k_width=K_WIDTH)
 
 
-KERNELS = {"vllm.awq_triton": recipe}
+KERNELS = {"vllm.awq_triton": scheme}

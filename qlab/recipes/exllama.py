@@ -7,27 +7,34 @@ tokens the weight is written to memory and cuBLAS sums in fp16.
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import replace
 
 from qlab.backends.dispatch import EXLLAMA_TOKENS
 from qlab.backends.registry import Problem
 from qlab.hardware import Gpu
-from qlab.recipe import HalfDot, Opaque, Recipe, Rows, Tile, chain, rounded, unordered
-from qlab.recipes.build import Build, type_name
+from qlab.recipes.build import Build
+from qlab.recipes.rules import Ranges
+from qlab.recipes.scheme import Partial, Scheme
 
 BLOCK = 128
 
 
-def recipe(problem: Problem, gpu: Gpu, build: Build) -> Recipe:
+def scheme(problem: Problem, gpu: Gpu, build: Build) -> Scheme:
     """``integer`` weights up to 50 tokens, with the scale in the step."""
     m, k, n = problem.M, problem.K, problem.N
-    whole, dtype = ((0, m), (0, n)), type_name(problem.dtype)
     if m > EXLLAMA_TOKENS:
-        return Recipe.of(m, k, n, dtype, [Tile(*whole, Opaque("cuBLAS cublasHgemm in fp16"))])
-    blocks = [chain(HalfDot(), np.arange(start, min(start + BLOCK, k))) for start in range(0, k, BLOCK)]
-    tree = unordered([rounded(b, "fp16") for b in blocks], "fp16")
-    rows: Rows = "sorted" if problem.act_order else "natural"
-    return Recipe.of(m, k, n, dtype, [Tile(*whole, tree)], weights="integer", rows=rows)
+        return Scheme.opaque(gpu, problem, "cuBLAS cublasHgemm in fp16")
+    blocks = tuple((start, min(start + BLOCK, k)) for start in range(0, k, BLOCK))
+    return replace(
+        Scheme.on(gpu, Ranges(m, n, blocks, f"blocks of {BLOCK}")),
+        weights="integer",
+        rows="sorted" if problem.act_order else "natural",
+        scale="step",
+        unit="half dot",
+        partial=Partial("pieces", "fp16"),
+        order="atomics",
+        type="fp16",
+    )
 
 
-KERNELS = {"vllm.gptq_gemm": recipe}
+KERNELS = {"vllm.gptq_gemm": scheme}

@@ -17,15 +17,17 @@ between the first and the last. With fp16 no sum is that small; with bf16 it tak
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
 from qlab.backends.registry import Problem
 from qlab.hardware import Gpu
-from qlab.recipe import Node, Output, Recipe, TensorCore, Tile, chain, join
-from qlab.recipes.build import Build, type_name
+from qlab.recipe import Walk
+from qlab.recipes.build import Build
+from qlab.recipes.rules import Area, Cut, PlainBias, pieces_text, span
+from qlab.recipes.scheme import Scheme
 
 TILE_K = 64
 """k per iteration; for 16-bit activations (machete_mm_kernel.cuh, TileShapeK)."""
@@ -97,6 +99,7 @@ def partition(m: int, n: int, k: int, sms: int) -> Iterator[OutputTile]:
     s = schedule(m, n, k)
     width = s.columns * s.cluster
     across, down = -(-n // width), -(-m // s.tokens)
+    ranges: dict[Pieces, Pieces] = {}  # many tiles are cut alike
     for at, pieces in enumerate(tile_pieces(across, down, -(-k // TILE_K), sms // s.cluster, s.cluster)):
         # Along the shorter side first; CUTLASS compares blocks, not clusters, and leaves swizzling off.
         if down > across * s.cluster:
@@ -105,7 +108,9 @@ def partition(m: int, n: int, k: int, sms: int) -> Iterator[OutputTile]:
             column, row = divmod(at, down)
         rows = (row * s.tokens, min((row + 1) * s.tokens, m))
         columns = (column * width, min((column + 1) * width, n))
-        yield OutputTile(rows, columns, tuple((a * TILE_K, min(b * TILE_K, k)) for a, b in pieces))
+        if pieces not in ranges:
+            ranges[pieces] = tuple((a * TILE_K, min(b * TILE_K, k)) for a, b in pieces)
+        yield OutputTile(rows, columns, ranges[pieces])
 
 
 def tile_pieces(across: int, down: int, iterations: int, wave: int, cluster: int = 1) -> list[Pieces]:
@@ -175,25 +180,34 @@ def _stream(tiles: int, iterations: int, units: int) -> list[Pieces]:
     return [tuple(pairwise(sorted(c))) for c in cuts]
 
 
-def recipe(problem: Problem, gpu: Gpu, build: Build, fused: bool) -> Recipe:
-    """Machete's recipe; ``fused`` is AWQ's decoding. A bias is added to the output, by PyTorch."""
-    step = TensorCore.of(gpu.step)
-    output = Output(bias="added" if problem.bias else "none")
-    trees: dict[Pieces, Node] = {}
-    tiles: list[Tile] = []
-    for t in partition(problem.M, problem.N, problem.K, gpu.sms):
-        if t.pieces not in trees:
-            trees[t.pieces] = join([chain(step, range(*piece)) for piece in t.pieces])
-        tiles.append(Tile(t.rows, t.columns, trees[t.pieces], output))
-    return Recipe.of(
-        problem.M,
-        problem.K,
-        problem.N,
-        type_name(problem.dtype),
-        tiles,
+@dataclass(frozen=True)
+class StreamK(Cut):
+    """CUTLASS's scheduler with the tiles that vLLM takes for x [m, k] and a weight [k, n]."""
+
+    m: int
+    k: int
+    n: int
+    uses_sms = True
+
+    def areas(self, sms: int) -> Iterator[Area]:
+        walks: dict[Pieces, tuple[Walk, ...]] = {}
+        for t in partition(self.m, self.n, self.k, sms):
+            if t.pieces not in walks:
+                walks[t.pieces] = tuple(span(*piece) for piece in t.pieces)
+            yield Area(t.rows, t.columns, walks[t.pieces])
+
+    def text(self, sms: int) -> str:
+        return f"stream-K over {sms} SMs: {pieces_text(self, sms)}"
+
+
+def scheme(problem: Problem, gpu: Gpu, build: Build, fused: bool) -> Scheme:
+    """Machete's scheme; ``fused`` is AWQ's decoding. A bias is added to the output, by PyTorch."""
+    return replace(
+        Scheme.on(gpu, StreamK(problem.M, problem.K, problem.N)),
         weights="fused" if fused else "rounded",
         rows="sorted" if problem.act_order else "natural",
+        bias=PlainBias("added" if problem.bias else "none"),
     )
 
 
-KERNELS = {f"vllm.machete.{kind}": partial(recipe, fused=kind == "awq") for kind in ("awq", "gptq")}
+KERNELS = {f"vllm.machete.{kind}": partial(scheme, fused=kind == "awq") for kind in ("awq", "gptq")}

@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
-import numpy as np
-import torch
-
 from qlab.backends.registry import Problem
 from qlab.errors import UnsupportedError
 from qlab.hardware import Gpu
-from qlab.recipe import Node, Output, Recipe, TensorCore, Tile, Type, Unordered, chain, join, rounded, unordered
+from qlab.recipe import Node, Tile, Walk
 from qlab.recipes.build import Build, type_name
+from qlab.recipes.rules import CHUNK, Area, Bias, Cut, PlainBias, Span, Warps, output, pieces_text, span
+from qlab.recipes.scheme import Partial, Scheme
 
 Reduction = Literal["fp32", "fp16", "atomic"]
 """How pieces are joined: in fp32; rounded to the activations' dtype on the way between blocks; by atomics where allowed."""
@@ -113,83 +112,101 @@ def pieces(launch: Launch, n: int, k: int, group_size: int, sms: int) -> Iterato
         yield row, column, tuple(Piece(a, b) for a, b in zip((0, *cuts), (*cuts, k_tiles), strict=True))
 
 
-def block_sum(piece: Piece, config: Config, step: TensorCore) -> Node:
-    """One block's sum: a chain per warp row over its 32 k of every k tile, joined ``acc0 + (acc1 + (acc3 + acc2))``."""
-    tiles = np.arange(piece.start, piece.stop)[:, None] * config.thread_k
-    rows = [chain(step, (tiles + 32 * r + np.arange(32)).ravel()) for r in range(config.thread_k // 32)]
-    total: Node = rows[-1]
-    for part in reversed(rows[:-1]):
-        total = join((part, total))
-    return total
+@dataclass(frozen=True)
+class Stripes(Cut):
+    """Marlin's output tiles and stripes for x [m, k] and a weight [k, n]."""
+
+    m: int
+    k: int
+    n: int
+    group_size: int
+    """As `pieces` takes it: 0 where the scale is applied to the sum."""
+    uses_sms = True
+
+    def areas(self, sms: int) -> Iterator[Area]:
+        for launch in launches(self.m, self.n, self.k, sms):
+            config, walks = launch.config, dict[tuple[Piece, ...], tuple[Walk, ...]]()
+            atomics = self.n * -(-launch.rows // 64) <= 2048
+            for row, column, cut in pieces(launch, self.n, self.k, self.group_size, sms):
+                if cut not in walks:
+                    walks[cut] = tuple(span(p.start * config.thread_k, p.stop * config.thread_k) for p in cut)
+                top, left = launch.start + row * launch.tile_rows, column * config.thread_n
+                rows = top, min(top + launch.tile_rows, launch.stop)
+                yield Area(rows, (left, left + config.thread_n), walks[cut], atomics)
+
+    def text(self, sms: int) -> str:
+        return f"stripes over {sms} SMs: {pieces_text(self, sms)}"
 
 
-def recipe(problem: Problem, gpu: Gpu, build: Build, reduction: Reduction = "fp32") -> Recipe:
-    """Marlin's recipe for AWQ and GPTQ weights alike: both decode to RN((q - z) * s), or to q - z without groups."""
+@dataclass(frozen=True)
+class WarpRows(Warps):
+    """``thread_k / 32`` accumulators, by the tile that each launch takes for x [m, k] and a weight [k, n]."""
+
+    m: int
+    k: int
+    n: int
+    uses_sms = True
+
+    def bands(self, sms: int) -> tuple[tuple[int, int, int], ...]:
+        return tuple((x.start, x.stop, x.config.thread_k // CHUNK) for x in launches(self.m, self.n, self.k, sms))
+
+    def text(self, sms: int) -> str:
+        return f"{' or '.join(map(str, sorted({count for *_, count in self.bands(sms)})))} warp rows"
+
+
+@dataclass(frozen=True)
+class FusedBias(Bias):
+    """A scale and the bias behind it in one fused multiply-add; without a scale on the output the bias is added.
+
+    marlin_template.h, write_result: ptxas fuses the two except in the first store of each thread, rows 0 to 7 of columns 0 to 7
+    of each 64.
+    """
+
+    def tiles(self, rows: Span, columns: Span, tree: Node, scale: bool) -> Iterator[Tile]:
+        if not scale:
+            yield Tile(rows, columns, tree, output(False, "added"))
+            return
+        (top, bottom), (left, right) = rows, columns
+        middle = min(top + 8, bottom)
+        for slab in range(left, right, 64):
+            edge, end = min(slab + 8, right), min(slab + 64, right)
+            yield Tile((top, middle), (slab, edge), tree, output(True, "added"))
+            if edge < end:
+                yield Tile((top, middle), (edge, end), tree, output(True, "fused"))
+        if middle < bottom:
+            yield Tile((middle, bottom), (left, right), tree, output(True, "fused"))
+
+    def text(self) -> str:
+        return "RN(y*s + bias) fused, but for each thread's first store"
+
+
+def scheme(problem: Problem, gpu: Gpu, build: Build, reduction: Reduction = "fp32") -> Scheme:
+    """Marlin's scheme for AWQ and GPTQ weights alike: both decode to RN((q - z) * s), or to q - z without groups.
+
+    Without groups the scale multiplies the rounded sum. A bias behind it is fused, but not in bf16 before sm_90.
+    """
     if problem.bias and reduction == "atomic":
         raise UnsupportedError("a bias that one of several atomic additions carries is not modelled")
-    dtype = type_name(problem.dtype)
-    whole_column = problem.group_size == problem.K
-    # Turing has no fp32 path for grouped fp16 weights (use_fp16_accum in marlin_template.h).
-    turing = gpu.capability < (8, 0) and not whole_column
-    step = TensorCore.of(gpu.step, "fp16" if turing else "fp32")
-    tiles: list[Tile] = []
-    for launch in launches(problem.M, problem.N, problem.K, gpu.sms):
-        atomic = reduction == "atomic" and problem.N * -(-launch.rows // 64) <= 2048
-        trees: dict[tuple[Piece, ...], Node] = {}
-        group_size = 0 if whole_column else problem.group_size
-        for row, column, cut in pieces(launch, problem.N, problem.K, group_size, gpu.sms):
-            if cut not in trees:
-                sums = [block_sum(p, launch.config, step) for p in cut]
-                trees[cut] = _across_blocks(sums, dtype, reduction, atomic, whole_column)
-            top, left = launch.start + row * launch.tile_rows, column * launch.config.thread_n
-            rows = (top, min(top + launch.tile_rows, launch.stop))
-            tiles += _written(Tile(rows, (left, left + launch.config.thread_n), trees[cut]), problem, gpu)
-    return Recipe.of(
-        problem.M,
-        problem.K,
-        problem.N,
-        dtype,
-        tiles,
+    m, k, n, dtype = problem.M, problem.K, problem.N, type_name(problem.dtype)
+    whole_column = problem.group_size == k
+    fused = problem.bias and whole_column and (dtype == "fp16" or gpu.capability >= (9, 0))
+    return replace(
+        Scheme.on(gpu, Stripes(m, k, n, 0 if whole_column else problem.group_size)),
         weights="integer" if whole_column else "rounded",
         rows="sorted" if problem.act_order else "natural",
+        scale="output" if whole_column else "weight",
+        # Turing has no fp32 path for grouped fp16 weights (use_fp16_accum in marlin_template.h).
+        accumulator="fp16" if gpu.capability < (8, 0) and not whole_column else "fp32",
+        warps=WarpRows(m, k, n),
+        partial={"fp32": Partial(), "fp16": Partial("total", dtype), "atomic": Partial("pieces", dtype)}[reduction],
+        order="atomics where allowed" if reduction == "atomic" else "descending",
+        type=dtype if reduction == "atomic" else "fp32",
+        bias=FusedBias() if fused else PlainBias("added" if problem.bias else "none"),
     )
 
 
-def _across_blocks(sums: list[Node], dtype: Type, reduction: Reduction, atomic: bool, scaled: bool) -> Node:
-    """Pieces of one output tile, given in ascending k: handed on from the last k to the first."""
-    if atomic and len(sums) > 1:
-        return unordered([rounded(s, dtype) for s in sums], dtype, scaled=scaled)
-    total = sums[-1]
-    for part in reversed(sums[:-1]):
-        total = join((part, rounded(total, dtype) if reduction == "fp16" else total))
-    return total
-
-
-def _written(tile: Tile, problem: Problem, gpu: Gpu) -> Iterator[Tile]:
-    """The output tile under its output rule (marlin_template.h, write_result).
-
-    Without groups the scale multiplies the rounded sum. With a bias behind it, ptxas fuses multiplication and addition, except
-    in the first store of each thread, rows 0 to 7 of columns 0 to 7 of each 64; not at all in bf16 before sm_90.
-    """
-    scale = problem.group_size == problem.K and not (isinstance(tile.tree, Unordered) and tile.tree.scaled)
-    if not problem.bias:
-        yield replace(tile, output=Output(scale=scale))
-        return
-    fused = scale and (problem.dtype == torch.float16 or gpu.capability >= (9, 0))
-    if not fused:
-        yield replace(tile, output=Output(scale, "added"))
-        return
-    (top, bottom), (left, right) = tile.rows, tile.columns
-    middle = min(top + 8, bottom)
-    for slab in range(left, right, 64):
-        yield Tile((top, middle), (slab, slab + 8), tile.tree, Output(True, "added"))
-        yield Tile((top, middle), (slab + 8, slab + 64), tile.tree, Output(True, "fused"))
-    if middle < bottom:
-        yield Tile((middle, bottom), (left, right), tile.tree, Output(True, "fused"))
-
-
 KERNELS = {
-    f"vllm.marlin.{kind}{'' if reduction == 'fp32' else f'.{reduction}'}": partial(recipe, reduction=reduction)
+    f"vllm.marlin.{kind}{'' if reduction == 'fp32' else f'.{reduction}'}": partial(scheme, reduction=reduction)
     for kind in ("awq", "gptq")
     for reduction in ("fp32", "fp16", "atomic")
 }

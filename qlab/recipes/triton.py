@@ -14,15 +14,13 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-
 from qlab.backends.registry import Problem
 from qlab.errors import UnsupportedError
 from qlab.hardware import Gpu
-from qlab.recipe import Recipe, TensorCore, Tile, chain, join
-from qlab.recipes.awq_gemm import dequantize_recipe
-from qlab.recipes.build import Build, type_name
+from qlab.recipes.awq_gemm import dequantize_scheme
+from qlab.recipes.build import Build
+from qlab.recipes.rules import Ranges
+from qlab.recipes.scheme import Scheme
 
 VERSIONS = ("3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
 """Of Triton; which layout the operands get is the compiler's choice."""
@@ -46,17 +44,6 @@ def target(build: Build, gpu: Gpu, *more: tuple[int, int]) -> tuple[int, int]:
     return capability
 
 
-def dot_order(rows: int, k_width: int) -> NDArray[np.int64]:
-    """The k of one ``tl.dot`` as mma.sync m16n8k16 takes them: 16 to an instruction, its first half before its second.
-
-    ``k_width`` is the kWidth of both operands' layout (16-bit elements): of each ``8 * k_width`` k, lane t of four holds the
-    ``k_width`` from ``k_width * t`` on, and as many ``4 * k_width`` further. Instruction j takes the j-th pair of those as its
-    k 2t and 2t + 1, the j-th pair of these as its k 2t + 8 and 2t + 9 (Triton, MMAv2.cpp). kWidth 2 is the natural order.
-    """
-    k = np.arange(rows).reshape(-1, 2, 4, k_width // 2, 2)  # [8 * k_width k, half, lane, instruction, pair]
-    return k.transpose(0, 3, 1, 2, 4).ravel()
-
-
 def slices(k: int, group_size: int) -> list[tuple[int, int]]:
     """The rows of each slice of split-K: whole steps, but for the end of K (launch.block_k, split_count and slices)."""
     step = STEPS[0] if group_size == k else next(s for s in STEPS if group_size % s == 0)
@@ -65,23 +52,20 @@ def slices(k: int, group_size: int) -> list[tuple[int, int]]:
     return [(start, min(start + rows, k)) for start in range(0, k, rows)]
 
 
-def recipe(problem: Problem, gpu: Gpu, build: Build, *, split: bool = False) -> Recipe:
+def scheme(problem: Problem, gpu: Gpu, build: Build, *, split: bool = False) -> Scheme:
     """One chain, or one for each slice, joined in fp32 from the first to the last (join_partials)."""
     target(build, gpu)
-    step = TensorCore.of(gpu.step)
-    if problem.K % step.terms:
-        raise UnsupportedError(f"K={problem.K} ends inside a fused sum of {step.terms} terms, which a chain cannot express")
-    cuts = slices(problem.K, problem.group_size) if split else [(0, problem.K)]
-    tree = join([chain(step, np.arange(*cut)) for cut in cuts])
-    tile = Tile((0, problem.M), (0, problem.N), tree)
-    return Recipe.of(problem.M, problem.K, problem.N, type_name(problem.dtype), [tile])
+    if problem.K % gpu.step.terms:
+        raise UnsupportedError(f"K={problem.K} ends inside a fused sum of {gpu.step.terms} terms, which a chain cannot express")
+    m, k, n = problem.M, problem.K, problem.N
+    return Scheme.on(gpu, Ranges(m, n, tuple(slices(k, problem.group_size))) if split else Ranges.whole(m, k, n))
 
 
 KERNELS = {
-    "triton.awq_gemm": recipe,
-    "triton.awq_gemm.splitk": partial(recipe, split=True),
-    "triton.awq_dequantize": dequantize_recipe,
-    "triton.gptq_gemm": recipe,
-    "triton.gptq_gemm.splitk": partial(recipe, split=True),
-    "triton.gptq_gemm.v2": recipe,
+    "triton.awq_gemm": scheme,
+    "triton.awq_gemm.splitk": partial(scheme, split=True),
+    "triton.awq_dequantize": dequantize_scheme,
+    "triton.gptq_gemm": scheme,
+    "triton.gptq_gemm.splitk": partial(scheme, split=True),
+    "triton.gptq_gemm.v2": scheme,
 }

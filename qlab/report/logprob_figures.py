@@ -80,9 +80,9 @@ def roc(tellings: Sequence[Telling], path: Path) -> None:
                 frameon=False,
                 handlelength=1.4,
             )
-            _plain(ax)
+            quiet(ax)
 
-    _save(draw, path)
+    save(draw, path)
 
 
 def curves(series: Curves, path: Path, *, x: str, y: str = "SNR", heading: str = "", line: float | None = 1.0) -> None:
@@ -135,9 +135,9 @@ def curves(series: Curves, path: Path, *, x: str, y: str = "SNR", heading: str =
         ax.set_title(heading, fontsize=11)
         ax.legend(fontsize=9, frameon=False)
         ax.grid(axis="y", color="#e6e6e6", linewidth=0.7)
-        _plain(ax)
+        quiet(ax)
 
-    _save(draw, path)
+    save(draw, path)
 
 
 def _grid(rows: Sequence[Sequence[Matrix | None]], path: Path) -> None:
@@ -172,7 +172,7 @@ def _grid(rows: Sequence[Sequence[Matrix | None]], path: Path) -> None:
         bar.ax.tick_params(labelsize=8)
         bar.outline.set_visible(False)
 
-    _save(draw, path)
+    save(draw, path)
 
 
 def _draw(ax: Any, m: Matrix, norm: Any) -> Any:
@@ -223,13 +223,15 @@ def _dark(colour: Any) -> bool:
     return 0.2126 * r + 0.7152 * g + 0.0722 * b < 0.213
 
 
-def _plain(ax: Any) -> None:
+def quiet(ax: Any) -> None:
+    """Two spines, in grey."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set(color="#999999")
     ax.tick_params(labelsize=8, color="#999999")
 
 
-def _save(draw: Callable[[Any], None], path: Path) -> None:
+def save(draw: Callable[[Any], None], path: Path) -> None:
+    """Have ``draw`` fill a figure, and write it whole. Raises QlabError for a suffix that is none of ``FORMATS``."""
     suffix = path.suffix.lstrip(".").lower()
     if suffix not in FORMATS:
         raise QlabError(f"{path}: {suffix!r} is no image format here; name a .png, .svg or .pdf file")

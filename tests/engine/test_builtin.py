@@ -132,9 +132,9 @@ def test_blocks_of_attention_change_nothing(exact, monkeypatch):
 
 def test_a_wide_head_goes_in_parts(awq, exact, monkeypatch):
     whole = exact.run(Request((PROMPT,), 1, top_k=0))
-    monkeypatch.setattr("qlab.engine.llama.WIDE", 300 * HIDDEN)
+    monkeypatch.setattr("qlab.engine.blocks.WIDE", 300 * HIDDEN)
     parts = engine(awq)
-    assert parts.model._head.dtype == torch.float16
+    assert parts.model.blocks.head.dtype == torch.float16
     torch.testing.assert_close(parts.run(Request((PROMPT,), 1, top_k=0)).sequences[0].logprobs, whole.sequences[0].logprobs)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich import box
@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.record_golden import load
-from tests.golden import rewrites
-from tests.golden.rewrites import Rewrite
+from qlab.attribution import rewrites
+from tests.golden import rewrites as wrong
+from tests.golden.rewrites import Rewrite, of
 from tests.golden.truth import GOLDEN, Evidence, golden, silicon
 
 
@@ -32,36 +33,36 @@ class Mutation:
 
 
 MUTATIONS = (
-    Mutation("F + 1", rewrites.fraction_bits(1)),
-    Mutation("F - 1", rewrites.fraction_bits(-1)),
-    Mutation("L halved", rewrites.steps(lambda s: replace(s, terms=s.terms // 2))),
-    Mutation("L doubled", rewrites.steps(lambda s: replace(s, terms=s.terms * 2))),
-    Mutation("accumulator fp16 for fp32 and back", rewrites.other_accumulator),
-    Mutation("e_zero + 64 where zeros can be the largest term", rewrites.zero_exponent(64, True)),
-    Mutation("steps of a chain from the last to the first", rewrites.blocks(lambda b: b[::-1])),
-    Mutation("last two steps of a chain swapped", rewrites.blocks(rewrites.swap_last_blocks)),
-    Mutation("last two parts of a join swapped", rewrites.joins(rewrites.swap_last_two)),
-    Mutation("joins in pairs", rewrites.joins(rewrites.pairs)),
-    Mutation("joins in the activations' dtype for fp32", rewrites.join_type),
-    Mutation("rounding of partial sums dropped", rewrites.without_rounding),
-    Mutation("rounding of partial sums added", rewrites.with_rounding),
-    Mutation("whole-column scale before the sum", rewrites.scale_before),
-    Mutation("whole-column scale after the sum", rewrites.scale_after),
-    Mutation("ExLlama's scale before the dot", rewrites.scale_before_dot),
-    Mutation("output scale dropped", rewrites.unscaled),
-    Mutation("weights fused for rounded", rewrites.weights("fused", "rounded")),
-    Mutation("weights rounded for fused", rewrites.weights("rounded", "fused")),
-    Mutation("bias added for fused", rewrites.bias("added")),
-    Mutation("bias fused for added", rewrites.bias("fused")),
-    Mutation("108 SMs for 132", rewrites.fewer_sms),
-    Mutation("Marlin's reduction fp16 for fp32 and back", rewrites.other_reduction),
-    Mutation("pieces joined in the other order", rewrites.top_to_bottom),
-    Mutation("torch.sum in turn", rewrites.sum_in_turn),
-    Mutation("torch.sum in pairs", rewrites.sum_in_pairs),
-    Mutation("act-order rows natural for sorted and back", rewrites.rows),
+    Mutation("F + 1", of(rewrites.fraction_bits(1))),
+    Mutation("F - 1", of(rewrites.fraction_bits(-1))),
+    Mutation("L halved", of(rewrites.terms(0.5))),
+    Mutation("L doubled", of(rewrites.terms(2))),
+    Mutation("accumulator fp16 for fp32 and back", of(rewrites.other_accumulator)),
+    Mutation("e_zero + 64 where zeros can be the largest term", wrong.zero_exponent(64, True)),
+    Mutation("steps of a chain from the last to the first", of(rewrites.blocks(lambda b: b[::-1]))),
+    Mutation("last two steps of a chain swapped", of(rewrites.blocks(rewrites.swap_last_blocks))),
+    Mutation("last two parts of a join swapped", of(rewrites.joins(rewrites.swap_last_two))),
+    Mutation("joins in pairs", of(rewrites.joins(rewrites.pairs))),
+    Mutation("joins in the activations' dtype for fp32", of(rewrites.join_type)),
+    Mutation("rounding of partial sums dropped", of(rewrites.without_rounding)),
+    Mutation("rounding of partial sums added", of(rewrites.with_rounding)),
+    Mutation("whole-column scale before the sum", of(rewrites.scale_before)),
+    Mutation("whole-column scale after the sum", wrong.scale_after),
+    Mutation("ExLlama's scale before the dot", of(rewrites.scale_before_dot)),
+    Mutation("output scale dropped", of(rewrites.unscaled)),
+    Mutation("weights fused for rounded", wrong.weights("fused", "rounded")),
+    Mutation("weights rounded for fused", wrong.weights("rounded", "fused")),
+    Mutation("bias added for fused", of(rewrites.bias("added"))),
+    Mutation("bias fused for added", of(rewrites.bias("fused"))),
+    Mutation("108 SMs for 132", wrong.fewer_sms),
+    Mutation("Marlin's reduction fp16 for fp32 and back", wrong.other_reduction),
+    Mutation("pieces joined in the other order", wrong.top_to_bottom),
+    Mutation("torch.sum in turn", wrong.sum_in_turn),
+    Mutation("torch.sum in pairs", wrong.sum_in_pairs),
+    Mutation("act-order rows natural for sorted and back", wrong.rows),
     Mutation(
         "e_zero + 64 with fp16 inputs and fp32 accumulators",
-        rewrites.zero_exponent(64, False),
+        wrong.zero_exponent(64, False),
         "A zero term counts only through its exponent e_zero, and only when that is the largest. fp16 products have exponents "
         "from -28 on. Every sum is a multiple of 2^(its largest exponent - F), hence of 2^(-28 - F), so a nonzero accumulator "
         "has an exponent of -28 - F or more: -53 with F = 25. With e_zero = -133 + 64 = -69 some nonzero term is larger, and "
@@ -69,13 +70,13 @@ MUTATIONS = (
     ),
     Mutation(
         "order of k within one fused sum",
-        rewrites.trees(rewrites.within_one_sum),
+        of(rewrites.trees(rewrites.within_one_sum)),
         "The truncated terms of a fused sum are added exactly, as integers, and each is truncated below the largest exponent "
         "of all, so their order cannot matter. The normal form sorts them: it is the same recipe.",
     ),
     Mutation(
         "weights fused for rounded with the zero point 8",
-        rewrites.fused_symmetric,
+        wrong.fused_symmetric,
         "-8 * s is exact unless it overflows, so RN(q * s + RN(-8 * s)) is one rounding of (q - 8) * s, as is "
         "RN((q - 8) * s). Tried where 8 * s is finite.",
     ),

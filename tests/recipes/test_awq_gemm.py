@@ -13,10 +13,15 @@ from qlab.backends.registry import Problem
 from qlab.hardware import gpu
 from qlab.recipe import Chain, Join, Node, Output, Recipe, Round, TensorCore, chain, join, nodes, rounded, unfold, zero
 from qlab.recipes import recipe
-from qlab.recipes.awq_gemm import slice_order, torch_sum
+from qlab.recipes.awq_gemm import slice_walk
+from qlab.recipes.scheme import torch_sum
 
 A100, H100 = gpu("a100"), gpu("h100")
 PROBLEM = Problem(M=3, K=1024, N=256, group_size=128, dtype=torch.float16, symmetric=False, act_order=False)
+
+
+def slice_order(k: int, index: int) -> np.ndarray:
+    return unfold(slice_walk(k, index))
 
 
 def awq_gemm(problem: Problem, key: str = "h100") -> Recipe:

@@ -12,12 +12,18 @@ import pytest
 import torch
 
 from qlab.backends.registry import Problem
-from qlab.hardware import gpu
-from qlab.recipe import Chain, Join, TensorCore
+from qlab.hardware import Gpu, gpu
+from qlab.recipe import Chain, Join, Recipe, TensorCore
+from qlab.recipes import assemble
 from qlab.recipes.build import DEFAULT
 from qlab.recipes.machete import KERNELS, Schedule, partition, schedule, tile_pieces, unit_groups
 
 PROBLEM = Problem(M=1, K=4096, N=4096, group_size=128, dtype=torch.float16, symmetric=False, act_order=False)
+
+
+def machete(problem: Problem, g: Gpu, kind: str = "gptq") -> Recipe:
+    """On any GPU."""
+    return assemble(KERNELS[f"vllm.machete.{kind}"](problem, g, DEFAULT), problem)
 
 
 def test_every_output_once_and_every_k_once() -> None:
@@ -163,7 +169,7 @@ def test_as_cutlass_deals_them(m: int, n: int, k: int, sms: int, digest: str) ->
 
 
 def test_recipe() -> None:
-    found = KERNELS["vllm.machete.awq"](PROBLEM, gpu("h100"), DEFAULT)
+    found = machete(PROBLEM, gpu("h100"), "awq")
     assert (found.weights, found.rows, found.dtype, found.ordered, found.opaque) == ("fused", "natural", "fp16", True, "")
     tree = found.regions[0].tree
     assert isinstance(tree, Join)
@@ -173,15 +179,14 @@ def test_recipe() -> None:
 
 
 def test_recipe_depends_on_the_sms_and_the_weights() -> None:
-    gptq = KERNELS["vllm.machete.gptq"]
-    found = gptq(PROBLEM, gpu("h100"), DEFAULT)
-    assert found.hash == gptq(PROBLEM, gpu("h200"), DEFAULT).hash
-    assert found.hash != gptq(PROBLEM, gpu("h100-pcie"), DEFAULT).hash
-    assert found.hash != KERNELS["vllm.machete.awq"](PROBLEM, gpu("h100"), DEFAULT).hash
+    found = machete(PROBLEM, gpu("h100"))
+    assert found.hash == machete(PROBLEM, gpu("h200")).hash
+    assert found.hash != machete(PROBLEM, gpu("h100-pcie")).hash
+    assert found.hash != machete(PROBLEM, gpu("h100"), "awq").hash
     assert found.weights == "rounded"
-    whole = gptq(replace(PROBLEM, group_size=4096), gpu("h100"), DEFAULT)
+    whole = machete(replace(PROBLEM, group_size=4096), gpu("h100"))
     assert whole.hash == found.hash  # the scale goes into the weights whatever the group
 
-    ordered = gptq(replace(PROBLEM, act_order=True, bias=True), gpu("h100"), DEFAULT)
+    ordered = machete(replace(PROBLEM, act_order=True, bias=True), gpu("h100"))
     assert ordered.rows == "sorted"
     assert {r.output.bias for r in ordered.regions} == {"added"}

@@ -15,9 +15,11 @@ from qlab.backends.registry import Problem
 from qlab.errors import UnsupportedError
 from qlab.hardware import Gpu, gpu
 from qlab.recipe import Chain, Join, Node, Output, Recipe, Round, TensorCore, Unordered, join, nodes, unfold
-from qlab.recipes import recipe
+from qlab.recipes import recipe, scheme_of
 from qlab.recipes.build import DEFAULT
-from qlab.recipes.marlin import KERNELS, LARGE, SMALL, Config, Launch, Piece, block_sum, launches, pieces
+from qlab.recipes.marlin import KERNELS, LARGE, SMALL, Config, Launch, Piece, launches, pieces
+from qlab.recipes.rules import span
+from qlab.recipes.scheme import piece_sum
 
 A100, H100, H200, T4 = gpu("a100"), gpu("h100"), gpu("h200"), gpu("t4")
 F16, BF16 = torch.float16, torch.bfloat16
@@ -204,6 +206,11 @@ def test_tiles_follow_what_divides() -> None:
 # Trees
 
 
+def block_sum(piece: Piece, config: Config, step: TensorCore) -> Node:
+    walk = span(piece.start * config.thread_k, piece.stop * config.thread_k)
+    return piece_sum(step, walk, config.thread_k // 32)
+
+
 def test_warp_rows_join_from_the_last() -> None:
     """acc0 + (acc1 + (acc3 + acc2)): the sum of the last two leads, and each earlier one is added."""
     step = TensorCore.of(H100.step)
@@ -359,4 +366,4 @@ def test_bias_elsewhere() -> None:
 
 
 def test_default_build() -> None:
-    assert KERNELS["vllm.marlin.awq"](PROBLEM, H100, DEFAULT).hash == marlin(PROBLEM).hash
+    assert KERNELS["vllm.marlin.awq"](PROBLEM, H100, DEFAULT) == scheme_of("vllm.marlin.awq", PROBLEM, H100)

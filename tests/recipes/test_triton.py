@@ -28,7 +28,8 @@ from qlab.lab.run import SAME, Layer
 from qlab.lab.sources import Request, same_weights
 from qlab.recipe import Chain, Fma, Recipe, TensorCore, join, nodes, unfold, value_type
 from qlab.recipes import DEFAULT, Build, recipe
-from qlab.recipes.triton import KERNELS, VERSIONS, dot_order, slices
+from qlab.recipes.rules import dot_order
+from qlab.recipes.triton import KERNELS, VERSIONS, slices
 from qlab.replay import missing, replay
 
 ROOT = Path(__file__).resolve().parents[2]

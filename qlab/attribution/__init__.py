@@ -1,0 +1,1 @@
+"""Why two paths differ: their divergence split among named parts of weight, packing and recipe by swapping one at a time."""

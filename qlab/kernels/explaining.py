@@ -1,0 +1,169 @@
+"""``python -m qlab.kernels --explain A B``: why two paths differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlab.command import FIGURES, check_output, parse_shape, torch_device
+from qlab.errors import QlabError
+
+if TYPE_CHECKING:
+    import torch
+
+    from qlab.attribution.result import Explained
+    from qlab.engine.path import Path as EnginePath
+
+TOKENS, PROMPTS, GROUP = 48, 2, 128
+"""Of a prompt, of prompts, and rows of a group, unless they are named. 48 tokens keep every label off cuBLAS."""
+OTHERS = ("against", "weights", "awq", "gptq", "layers", "kernels", "runs", "probe", "trusted", "pin_marlin", "map", "values")
+"""Options of the other modes."""
+OF_A_MODEL = ("model", "model_b", "original", "text", "prompts", "decode", "top_k", "requantize")
+
+
+def run(typed: Mapping[str, Any], given: Collection[str]) -> None:
+    """Check every option, explain, print. Raises QlabError naming the option and the mend."""
+    from rich.console import Console
+
+    from qlab.kernels.__main__ import refuse
+    from qlab.report import explain as report
+    from qlab.serial import write_json
+
+    refuse(given, OTHERS, "does not go with --explain A B; leave it out")
+    check_output("--json", typed["json"])
+    check_output("--plot", typed["plot"], FIGURES)
+    result = _explained(typed, given)
+    try:
+        if typed["json"]:
+            write_json(typed["json"], result)
+    finally:  # a full disk shall not cost the answer as well
+        report.show(result, Console(), every_layer=typed["every_layer"])
+    if typed["plot"]:
+        report.waterfall(result, typed["plot"])
+
+
+def _explained(typed: Mapping[str, Any], given: Collection[str]) -> Explained:
+    from qlab.engine.path import Path as EnginePath
+    from qlab.weights import DTYPES
+
+    if typed["dtype"] not in DTYPES:
+        raise QlabError(f"--dtype {typed['dtype']!r} is not one of {', '.join(DTYPES)}")
+    a, b = (EnginePath.parse(text if "@" in text else f"{text}@{typed['hw']}") for text in typed["explain"])
+    asked = _Asked(typed, given, a, b, DTYPES[typed["dtype"]], torch_device(typed["device"]))
+    return asked.on_layer() if typed["shape"] else asked.on_model()
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked, its options checked as far as they go for any subject."""
+
+    typed: Mapping[str, Any]
+    given: Collection[str]
+    a: EnginePath
+    b: EnginePath
+    dtype: torch.dtype
+    device: torch.device
+
+    def on_layer(self) -> Explained:
+        """One random layer, the same weight and input for both paths."""
+        from qlab.attribution.explain import OneWeight, explain
+        from qlab.attribution.subject import Layer
+        from qlab.inputs import random_activations, random_weight
+        from qlab.kernels.__main__ import refuse
+
+        t = self.typed
+        refuse(self.given, (*OF_A_MODEL, "tokens"), "belongs to a model; --shape is one random layer")
+        group = GROUP if t["group"] is None else t["group"]
+        if len(t["shape"]) > 1:
+            raise QlabError("--explain takes one --shape; name each in a call of its own")
+        m, k, n = parse_shape(t["shape"][0], group)
+        symmetric = "gptq_marlin" in (self.a.method, self.b.method) or "gptq" in (self.a.source, self.b.source)
+        weight = random_weight(k, n, group, dtype=self.dtype, symmetric=symmetric, seed=t["seed"], name=f"{m},{k},{n}")
+        x = random_activations(m, k, dtype=self.dtype, seed=t["seed"]).to(self.device)
+        kind = "symmetric" if symmetric else "asymmetric"
+        where = f"random layer, M,K,N = {m},{k},{n}, groups of {weight.group_size}, {kind}, seed {t['seed']}"
+        with _bar() as advance:
+            subject = Layer(weight.to(self.device), x, self.a, self.b)
+            return explain(subject, self.a, self.b, OneWeight(), where=where, advance=advance, **self._common())
+
+    def on_model(self) -> Explained:
+        """A model on real text."""
+        from qlab.attribution.explain import OneWeight, explain
+        from qlab.attribution.subject import Model
+        from qlab.attribution.weights import WeightFactors, weight_factors
+        from qlab.kernels.__main__ import refuse
+        from qlab.logprobs.engines import default_directory
+        from qlab.logprobs.model import identify
+
+        t = self.typed
+        refuse(self.given, ("group",), "belongs to --shape; a model's checkpoint has its own group size")
+        one = t["model"] or default_directory(self.a)
+        alike = self.a.source == self.b.source or "" in (self.a.source, self.b.source)
+        other = t["model_b"] or (one if alike else default_directory(self.b))
+        if t["model"] and not t["model_b"] and not alike:
+            raise QlabError(f"--model is a checkpoint for {self.a}; name the one that {self.b} serves with --model-b")
+        models = [identify(d) for d in dict.fromkeys((one, other))]
+        if len({m.vocabulary for m in models}) > 1:
+            raise QlabError(f"--model {one.name} and --model-b {other.name} have different vocabularies: they are two models")
+        if t["top_k"] > models[0].vocabulary:
+            raise QlabError(f"--top-k {t['top_k']}: the model has {models[0].vocabulary} token ids; name so many or fewer")
+        prompts = self._prompts(one)
+        with _bar() as advance:
+            weights: WeightFactors | OneWeight = OneWeight(one)
+            if other.resolve() != one.resolve():
+                again = {"original": t["original"], "requantize": t["requantize"]}
+                weights = weight_factors(one, other, done=lambda unit: advance(0, 0, unit), **again)
+            subject = Model(
+                weights,
+                self.a,
+                self.b,
+                prompts,
+                forced=t["decode"] + 1,
+                top_k=t["top_k"],
+                device=self.device,
+                dtype=self.dtype,
+                seed=t["seed"],
+            )
+            where = " and ".join(f"{m.name} ({m.method}, {m.digest[:16]})" for m in models)
+            return explain(subject, self.a, self.b, weights, where=where, advance=advance, **self._common())
+
+    def _prompts(self, directory: Path) -> list[list[int]]:
+        """``--tokens`` ids that are prefilled, ``--decode`` that are fed one by one, and one that is only predicted."""
+        from qlab import data
+        from qlab.quantize.llama import tokenizer
+        from qlab.quantize.text import read_text, token_rows
+
+        t = self.typed
+        text = data.heldout_text() if t["text"] is None else read_text(t["text"])
+        length = (t["tokens"] or TOKENS) + t["decode"] + 1
+        count = t["prompts"] or PROMPTS
+        rows: list[list[int]] = token_rows(tokenizer(directory), text, length, count).tolist()
+        if len(rows) < count:
+            raise QlabError(
+                f"the text has {len(rows)} prompts of {length} tokens, not {count}; ask for fewer --prompts or --tokens"
+            )
+        return rows
+
+    def _common(self) -> dict[str, Any]:
+        arguments = {n: v.name if isinstance(v, Path) else str(v) for n, v in self.typed.items() if n in self.given}
+        arguments["explain"] = " ".join(self.typed["explain"])
+        return {"samples": self.typed["samples"], "seed": self.typed["seed"], "arguments": arguments}
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[..., None]]:
+    """A progress bar over hybrids, on standard error; before they are counted it names what is being done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("reading", total=None)
+
+        def advance(done: int, of: int, what: str = "hybrids") -> None:
+            progress.update(task, completed=done, total=of or None, description=what)
+
+        yield advance
