@@ -33,8 +33,8 @@ PAIRS = (
     ("triton.awq_gemm.splitk@a100", "triton.awq_gemm.splitk@h100"),
     ("awq@h100", "awq_marlin@h100"),
 )
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-GROUP = 128
+GROUP, ROWS = 128, 64
+"""Rows of a group, and of the inputs of a shape: a single row's few differing outputs would say little."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ def run(shapes: tuple[tuple[int, int, int], ...], pairs: tuple[tuple[str, str], 
     found = []
     for m, k, n in shapes:
         weight = random_weight(k, n, GROUP, seed=1, name=f"{m},{k},{n}").to(device)
-        x = random_activations(m, k, seed=2).to(device)
+        x = random_activations(max(m, ROWS // m * m), k, seed=2).to(device)
         for texts in pairs:
             a, b = map(Path.parse, texts)
-            where = f"random layer, M,K,N = {m},{k},{n}, groups of {GROUP}, asymmetric"
-            result = explain(Layer(weight, x, a, b), a, b, OneWeight(), where=where)
+            where = f"random layer, M,K,N = {m},{k},{n}, {len(x)} rows in calls of {m}, groups of {GROUP}, asymmetric"
+            result = explain(Layer(weight, x, a, b, m=m), a, b, OneWeight(), where=where)
             print(f"{where}: {a} to {b}: {result.seconds} s", flush=True)
             found.append(result)
     return Hardware(SCHEMA, collect(), GROUP, tuple(found))

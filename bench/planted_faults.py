@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +24,7 @@ from bench import planted_schemes, planted_weights
 from bench.planted_real import real_cases
 from bench.planted_schemes import Plan
 from qlab.attribution.fault import Fault
-from qlab.attribution.faults import SHARP, name_faults
-from qlab.attribution.faults_probe import one_hot, one_hot_power, probes
+from qlab.attribution.faults import name_faults
 from qlab.attribution.planted import SCHEMA, Case, Planted, confusion, judged, kind_rows
 from qlab.backends.registry import Problem
 from qlab.environment import collect
@@ -39,6 +38,8 @@ from qlab.serial import write_json
 from qlab.weights import DTYPES, Int4Weight
 
 PROCESSES = 2
+STRIDE = 7
+"""Plants from one case to the next: none is left out, for their number is no multiple of it."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ class Faulty:
 Planting = Callable[[Faulty, Generator], "Faulty | None"]
 
 
-def plantings() -> dict[str, tuple[Planting, ...]]:
-    """Every way to plant a fault, by family."""
+def plantings() -> tuple[tuple[str, Planting], ...]:
+    """Every way to plant a fault, with its family: one plant of each family in turn, then the next of each."""
 
     def in_weight(plant: planted_weights.Plant) -> Planting:
         def go(f: Faulty, g: Generator) -> Faulty | None:
@@ -141,24 +142,22 @@ def plantings() -> dict[str, tuple[Planting, ...]]:
 
         return go
 
-    found = {f: tuple(map(in_weight, plants)) for f, plants in planted_weights.FAMILIES.items()}
-    return found | {f: tuple(map(in_scheme, plants)) for f, plants in planted_schemes.FAMILIES.items()}
+    families = {f: tuple(map(in_weight, plants)) for f, plants in planted_weights.FAMILIES.items()}
+    families |= {f: tuple(map(in_scheme, plants)) for f, plants in planted_schemes.FAMILIES.items()}
+    most = max(map(len, families.values()))
+    return tuple((name, plants[i]) for i in range(most) for name, plants in families.items() if i < len(plants))
 
 
 def plant(clean: Faulty, count: int, turn: int, g: Generator) -> tuple[Faulty, tuple[Planting, ...]] | None:
-    """``count`` faults of different families; the first takes the families, and what is in them, in turn.
+    """``count`` faults of different families: the first possible one from ``turn`` on, and one drawn.
 
     Damage of single elements comes last: its place is that in the weight as the kernel decodes it.
     """
-    families = plantings()
-    names = list(families)
+    every = plantings()
     picked: list[tuple[str, Planting]] = []
     found = clean
-    for attempt in range(60 * count):
-        in_turn = not picked and attempt < len(names)
-        name = names[(turn + attempt if in_turn else _any(g)) % len(names)]
-        plants = families[name]
-        chosen = plants[(turn // len(names) if in_turn and not attempt else _any(g)) % len(plants)]
+    for attempt in range(2 * len(every) * count):
+        name, chosen = every[(_any(g) if picked else turn + attempt) % len(every)]
         if name in (n for n, _ in picked):
             continue
         trial = sorted([*picked, (name, _seeded(chosen, _any(g)))], key=lambda p: p[0] == "damage")
@@ -190,26 +189,19 @@ def run(f: Faulty, bias: Tensor | None, engine: Engine) -> Callable[[Tensor], Te
     return prepare(f.made, f.weight, bias, engine=engine).run
 
 
-def acting(clean: Faulty, faulty: Faulty, done: Sequence[Planting], bias: Tensor | None, seed: int) -> tuple[Fault, ...]:
-    """Those of the planted faults without which some output of the tool's probes would have other bits."""
-    inputs = list(_inputs(clean, faulty, bias, seed))
-    outputs = _outputs(faulty, bias, inputs)
+def acting(
+    clean: Faulty, faulty: Faulty, done: Sequence[Planting], bias: Tensor | None, probes: Sequence[Tensor]
+) -> tuple[Fault, ...]:
+    """Those of the planted faults without which some output of the probes would have other bits."""
+    outputs = _outputs(faulty, bias, probes)
     found = []
     for number, fault in enumerate(faulty.faults):
         others = _all(clean, [one for at, one in enumerate(done) if at != number])
-        if others is None or not torch.equal(_outputs(others, bias, inputs), outputs):
+        if others is None or not torch.equal(_outputs(others, bias, probes), outputs):
             found.append(fault)
-    if not found and len(faulty.faults) == 2 and not torch.equal(_outputs(clean, bias, inputs), outputs):
+    if not found and len(faulty.faults) == 2 and not torch.equal(_outputs(clean, bias, probes), outputs):
         found = [faulty.faults[0]]  # either alone does all that both do
     return tuple(found)
-
-
-def _inputs(clean: Faulty, faulty: Faulty, bias: Tensor | None, seed: int) -> Iterator[Tensor]:
-    """What the tool asks the kernel about: its probes of the clean weight, one-hot rows, and its probes of the faulty one."""
-    said = clean.made
-    yield from (p.x for p in probes(said, clean.weight, seed))
-    yield from one_hot(said, one_hot_power(clean.weight, bias))
-    yield from (p.x for p, _ in zip(probes(said, faulty.weight, seed + 1), range(SHARP), strict=False))
 
 
 def _outputs(f: Faulty, bias: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
@@ -229,19 +221,26 @@ def one_case(on: Clean, count: int, turn: int, seed: int) -> Case | None:
     if made is None:
         return None
     faulty, done = made
-    truth = acting(clean, faulty, done, bias, seed)
+    kernel = run(faulty, bias, on.engine)
+    probes: list[Tensor] = []
+
+    def opaque(x: Tensor) -> Tensor:
+        probes.append(x)
+        return kernel(x)
+
     start = time.perf_counter()
-    answer = name_faults(run(faulty, bias, on.engine), said, w, bias, seed=seed)
-    return judged(str(on), faulty.faults, truth, answer, time.perf_counter() - start, seed)
+    answer = name_faults(opaque, said, w, bias, seed=seed)
+    seconds = time.perf_counter() - start
+    truth = acting(clean, faulty, done, bias, probes)
+    return judged(str(on), faulty.faults, truth, answer, seconds, seed)
 
 
 def cases_of(on: Clean, at: int, cases: int, seed: int) -> list[Case]:
-    """Half of them with one fault, half with two."""
+    """Half of them with one fault, half with two; the plants in turn, from another one on for each kernel."""
     torch.set_num_threads(1)
     found = []
     for i in range(cases):
-        count = 1 + i % 2
-        case = one_case(on, count, at + i // 2 * (1 if count == 1 else 5), 10_000 * seed + 100 * at + i)
+        case = one_case(on, 1 + i % 2, 11 * at + i * STRIDE, 10_000 * seed + 100 * at + i)
         found += [case] if case is not None else []
     return found
 

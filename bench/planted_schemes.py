@@ -140,7 +140,7 @@ def other_accumulator(p: Plan) -> tuple[Plan, Fault] | None:
 
 
 def multiply_adds(p: Plan) -> tuple[Plan, Fault] | None:
-    return _with("fused multiply-adds in place of the tensor core", unit="fma")(p) if p.scheme.unit == "tensor core" else None
+    return _with("tensor core: fused multiply-adds in its place", unit="fma")(p) if p.scheme.unit == "tensor core" else None
 
 
 def other_width(p: Plan) -> tuple[Plan, Fault] | None:

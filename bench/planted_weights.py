@@ -122,7 +122,7 @@ def scales_unpermuted(w: Int4Weight, g: Generator) -> Planted | None:
 
 
 def zeros_unpermuted(w: Int4Weight, g: Generator) -> Planted | None:
-    if w.act_order or w.N % 64:
+    if w.act_order or w.N % 64 or int(w.zeros.max()) == 16:
         return None
     packed = nibbles.join(nibbles.even_then_odd(w.zeros))
     return replace(w, zeros=marlin.unpack_zeros(packed)), Fault(f"zero points: {GROUPED}")
@@ -165,7 +165,7 @@ def fine(w: Int4Weight, group_of: Callable[[int], int], size: int) -> Int4Weight
 def ranks(w: Int4Weight, count: int) -> Planted | None:
     """Each of ``count`` tensor-parallel ranks counts groups from its own first row, on from the one that row lies in."""
     share, size = w.K // count, w.group_size
-    if w.act_order or w.K % count or share % size == 0 or share % 8:
+    if w.act_order or w.groups == 1 or w.K % count or share % size == 0 or share % 8:
         return None
 
     def group_of(row: int) -> int:
@@ -216,8 +216,15 @@ def nibble_flipped(w: Int4Weight, g: Generator) -> Planted:
     )
 
 
-def zero_damaged(w: Int4Weight, g: Generator) -> Planted:
+def _copied(w: Int4Weight) -> bool:
+    """Whether groups were written as smaller ones, so that one parameter is stored several times."""
+    return len(torch.cat((w.zeros.to(w.dtype), w.scales), 1).unique(dim=0)) < w.groups
+
+
+def zero_damaged(w: Int4Weight, g: Generator) -> Planted | None:
     """One bit of one packed zero point."""
+    if _copied(w):
+        return None
     group, n, bit = _any(g, w.groups), _any(g, w.N), _any(g, 4)
     t = Storage.of(w)
     offset = 2 - t.tensors.version
@@ -228,8 +235,10 @@ def zero_damaged(w: Int4Weight, g: Generator) -> Planted:
     return t.read(qzeros=nibbles.join(stored)), Fault(faults_damage.ZERO, where)
 
 
-def scale_damaged(w: Int4Weight, g: Generator) -> Planted:
+def scale_damaged(w: Int4Weight, g: Generator) -> Planted | None:
     """One bit of one scale, its lowest ones, its exponent's lowest or its sign."""
+    if _copied(w):
+        return None
     group, n, bit = _any(g, w.groups), _any(g, w.N), (0, 1, 3, 10, 15)[_any(g, 5)]
     scales = w.scales.clone()
     flip = torch.tensor((1 << bit) - (1 << 16 if bit == 15 else 0)).to(torch.int16)

@@ -1,9 +1,9 @@
 """Fill the tables of README.md and docs/ from the files under ``results/``: ``python -m bench.readme``.
 
 A table stands between ``<!-- table: FILE kernels -->`` and ``<!-- end -->``; other openings are ``<!-- table: FILE pairs
-KERNEL,... -->``, ``<!-- table: FILE against -->``, ``<!-- speed: FILE KERNEL,... -->``, those of bench/readme_logprobs.py and,
-with a FILE alone, ``perplexity``, ``recordings``, ``proof``, ``replay`` and ``cross``. A test fails when a page does not hold
-what this writes.
+KERNEL,... -->``, ``<!-- table: FILE against -->``, ``<!-- speed: FILE KERNEL,... -->``, those of bench/readme_logprobs.py and
+bench/readme_attribution.py and, with a FILE alone, ``perplexity``, ``recordings``, ``proof``, ``replay`` and ``cross``. A test
+fails when a page does not hold what this writes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import re
 from pathlib import Path
 
-from bench import readme_logprobs
+from bench import readme_attribution, readme_logprobs
 from qlab.lab.results import LabResult
 from qlab.report.markdown import against_table, caption, kernel_table, pair_table, table
 from qlab.report.terminal import number, share
@@ -21,7 +21,8 @@ from qlab.serial import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-KINDS = "|".join(("table|perplexity|recordings|speed|proof|replay|cross", *readme_logprobs.KINDS))
+OTHERS = {**readme_logprobs.KINDS, **readme_attribution.KINDS}
+KINDS = "|".join(("table|perplexity|recordings|speed|proof|replay|cross", *OTHERS))
 BLOCK = re.compile(
     rf"(<!-- ({KINDS}): (\S+)(?: (kernels|pairs|against))?(?: (\S+))? -->\n).*?(<!-- end -->)",
     re.DOTALL,
@@ -40,8 +41,8 @@ def _block(found: re.Match[str]) -> str:
         body = _lab(path, what, keys)
     elif kind == "speed":
         body = _speed(path, keys.split(","))
-    elif kind in readme_logprobs.KINDS:
-        body = readme_logprobs.KINDS[kind](path, keys or "")
+    elif kind in OTHERS:
+        body = OTHERS[kind](path, keys or "")
     else:
         files = {
             "perplexity": _perplexity,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec
@@ -35,6 +35,20 @@ def check_output(option: str, path: Path | None, suffixes: tuple[str, ...] = ())
         raise QlabError(f"{option} {path}: the folder {folder} cannot be written; name another")
     if suffixes and path.suffix.lower() not in suffixes:
         raise QlabError(f"{option} {path}: name a {', '.join(suffixes[:-1])} or {suffixes[-1]} file")
+
+
+def named(context: typer.Context) -> set[str]:
+    """The options that the caller named, whatever their defaults."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    # By its name: Typer has come to bring a click of its own, whose enumeration is not click's.
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def refuse(given: Iterable[str], names: Iterable[str], why: str) -> None:
+    """Refuse options that would change nothing, by name. Raises QlabError."""
+    for name in names:
+        if name in given:
+            raise QlabError(f"--{name.replace('_', '-')} {why}")
 
 
 def parse_shape(text: str, group: int) -> tuple[int, int, int]:

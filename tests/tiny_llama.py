@@ -1,4 +1,4 @@
-"""A tiny Llama with random weights and the shipped tokenizer: in fp16, and rounded to nearest as AWQ and GPTQ checkpoints.
+"""A tiny Llama with random weights and the shipped tokenizer: in fp16, rounded to nearest as AWQ and GPTQ checkpoints, changed.
 
 A conftest.py takes these fixtures by importing them.
 """
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qlab import checkpoint
 from qlab.data import model_directory
@@ -105,3 +105,41 @@ def awq(write_checkpoint, tmp_path_factory):
 @pytest.fixture(scope="session")
 def gptq(write_checkpoint, tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("models") / "gptq", "gptq")
+
+
+@pytest.fixture(scope="session")
+def changed(tmp_path_factory):
+    """A copy of a checkpoint whose tensors and configuration went through functions."""
+
+    def make(folder, tensors=lambda t: None, config=lambda c: None):
+        copy = tmp_path_factory.mktemp("models") / "copy"
+        shutil.copytree(folder, copy)
+        file = next(copy.glob("*.safetensors"))
+        found = load_file(file)
+        tensors(found)
+        save_file(found, file, metadata={"format": "pt"})
+        plain = json.loads((copy / "config.json").read_text())
+        config(plain)
+        (copy / "config.json").write_text(json.dumps(plain))
+        return copy
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def relative(awq, changed):
+    """The tiny model under another family's name, with the tensors that family has besides."""
+
+    def make(family):
+        def grow(t):
+            g = torch.Generator().manual_seed(3)
+            for i in range(LAYERS):
+                for shard, width in {"q": HIDDEN, "k": HIDDEN // 2, "v": HIDDEN // 2}.items() if family == "qwen2" else ():
+                    t[f"model.layers.{i}.self_attn.{shard}_proj.bias"] = torch.randn(width, generator=g).half()
+                for norm in ("q_norm", "k_norm") if family == "qwen3" else ():
+                    t[f"model.layers.{i}.self_attn.{norm}.weight"] = (1 + 0.1 * torch.randn(32, generator=g)).half()
+
+        name = f"{family.capitalize()}ForCausalLM"
+        return changed(awq, grow, lambda c: c.update(model_type=family, architectures=[name], head_dim=32))
+
+    return make

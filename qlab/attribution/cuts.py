@@ -129,7 +129,7 @@ def _flat(node: Node) -> bool:
 
 
 def _chains(node: Node) -> list[Chain]:
-    return [n for n in nodes(node) if isinstance(n, Chain)]
+    return [n for n in nodes(node) if isinstance(n, Chain) and n.walk]
 
 
 def _bare(node: Node) -> Node:

@@ -8,16 +8,20 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path as File
 
+import numpy as np
+
 from qlab import environment
 from qlab.attribution.game import Attribution, Game, attribute
 from qlab.attribution.hybrids import Hybrids
-from qlab.attribution.measures import LAYER, Measures, Results
+from qlab.attribution.measures import LAYER, PROMPT, Measures, Results
 from qlab.attribution.parts import selected
 from qlab.attribution.result import MEASURES, PACKING, SCHEMA, Explained, Factor, LayerMeasure, measure
 from qlab.attribution.subject import Choice, Layer, Model
 from qlab.attribution.weights import WeightFactor, WeightFactors
 from qlab.engine.path import Path
 
+RESAMPLES = 2000
+"""Of prompts, for an interval."""
 Advance = Callable[[int, int], None]
 """Called with how many hybrids ran and how many there will be."""
 
@@ -71,11 +75,13 @@ def explain(
         a=str(a),
         b=str(b),
         where=where,
-        rows=subject.rows,
+        rows=sum(subject.rows),
         tokens=subject.tokens,
         ends=ends,
         factors=tuple(_factors(weights, hybrids)),
-        measures=tuple(measure(name, game.names, splits[name]) for name in MEASURES if name in splits),
+        measures=tuple(
+            measure(name, game.names, splits[name], _over_prompts(name, splits, seed)) for name in MEASURES if name in splits
+        ),
         layers=tuple(_layers(runner.measures, game, splits)),
         notes=(*weights.notes, *notes),
         evaluations=runner.evaluations,
@@ -104,7 +110,7 @@ class _Runner:
         self._calls = {(c.linear, c.M): c for c in subject.calls}
         full = (1 << len(weights.factors) + len(hybrids.parts)) - 1
         a, b = self._results(0), self._results(full)
-        self.measures = Measures(subject.calls, a, b)
+        self.measures = Measures(subject.calls, subject.rows, a, b)
         self._known = {self._key(mask): self.measures.of(found) for mask, found in ((0, a), (full, b))}
 
     @property
@@ -149,6 +155,20 @@ def _factors(weights: WeightFactors | OneWeight, hybrids: Hybrids) -> Iterator[F
         yield Factor("packing", PACKING, "", *hybrids.packing(), same=True)
     for part in hybrids.same:
         yield Factor(part.name, part.category, "", *hybrids.texts(part), same=True)
+
+
+def _over_prompts(name: str, splits: Mapping[str, Attribution], seed: int) -> list[tuple[float, float]] | None:
+    """95% interval of each factor's part: its share in resampled prompts, times the total. None for one prompt."""
+    mine = [s for key, s in splits.items() if key.startswith(PROMPT) and key.endswith(f" {name}")]
+    if len(mine) < 2 or not splits[name].total:
+        return None
+    parts = np.array([[float(v) for v in s.values] for s in mine])  # [prompts, factors]
+    totals = np.array([float(s.total) for s in mine])
+    drawn = np.random.default_rng(seed).integers(0, len(mine), (RESAMPLES, len(mine)))
+    whole = totals[drawn].sum(1, keepdims=True)
+    shares = (parts[drawn].sum(1) / np.where(whole, whole, np.nan))[whole[:, 0] > 0]
+    low, high = np.quantile(shares, (0.025, 0.975), axis=0) * float(splits[name].total)
+    return list(zip(low.tolist(), high.tolist(), strict=True))
 
 
 def _layers(measures: Measures, game: Game, splits: Mapping[str, Attribution]) -> Iterator[LayerMeasure]:

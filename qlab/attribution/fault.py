@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -16,3 +17,15 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.place}" if self.place else self.kind
+
+
+Names = tuple[Fault, ...]
+"""Faults that a kernel has together."""
+
+
+def distinct(names: Iterable[Names]) -> tuple[Names, ...]:
+    """Each set of faults once, as it came first: their order says nothing."""
+    found: dict[Names, Names] = {}
+    for name in names:
+        found.setdefault(tuple(sorted(name, key=str)), name)
+    return tuple(found.values())

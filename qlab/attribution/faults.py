@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlab.attribution.fault import Fault
+from qlab.attribution.fault import Fault, distinct
 from qlab.attribution.faults_probe import Probe, one_hot, one_hot_power, probes, slab
 from qlab.attribution.faults_recipe import OTHER_GPU, OTHER_KERNEL, Variant, variants
 from qlab.attribution.faults_search import Candidate, Hypothesis, Replays, Seen, Weights
@@ -141,7 +141,7 @@ class _Search:
             if survivors := self._tell_apart(self._surviving(count)):
                 # A compound is one name for what may be several changes: it comes after them.
                 names = sorted((name for h in survivors for name in h.names), key=_compound)
-                faults, *others = dict.fromkeys(names)
+                faults, *others = distinct(names)
                 return Named(SCHEMA, NAMED, faults, tuple(others), (), shown, self.calls, self.tried)
         return Named(SCHEMA, UNNAMED, (), (), self._known(clean), shown, self.calls, self.tried)
 

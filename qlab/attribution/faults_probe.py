@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlab.attribution.rewrites import has
 from qlab.inputs import one_hot_rows, random_activations
-from qlab.recipe import Chain, Recipe, nodes, unfold
+from qlab.recipe import Chain, HalfDot, Recipe, nodes, unfold
 from qlab.replay.operands import DTYPES, decode, row_order
 from qlab.weights import Int4Weight, round_once
 
@@ -44,30 +45,49 @@ def probes(recipe: Recipe, weight: Int4Weight, seed: int) -> Iterator[Probe]:
     """Inputs of every kind but one-hot rows, those that show most first; other inputs for another seed."""
     columns = torch.arange(*slab(weight.N, seed))
     spread = torch.arange(0, weight.N, max(1, weight.N // SLAB))
-    w = multiplied(recipe, weight)
+    w, summed = multiplied(recipe, weight), _summed(recipe, weight).abs()
     dtype, shape = DTYPES[recipe.dtype], (recipe.M, recipe.K)
     chains, steps = _sets(recipe, weight)
     whole = [torch.arange(recipe.K)[None]]
+
+    def cancel(sets: list[Tensor], where: Tensor) -> Callable[[int], Tensor]:
+        return lambda s: _fitted(cancelling(w, sets, where, recipe.M, dtype, s), summed, dtype)
+
     makers: tuple[tuple[str, Callable[[int], Tensor]], ...] = (
-        ("each chain cancels", lambda s: cancelling(w, chains, columns, shape[0], dtype, s)),
-        ("the whole sum cancels", lambda s: cancelling(w, whole, columns, shape[0], dtype, s)),
-        ("each fused sum cancels", lambda s: cancelling(w, steps, columns, shape[0], dtype, s)),
+        ("each chain cancels", cancel(chains, columns)),
+        ("the whole sum cancels", cancel(whole, columns)),
+        ("each fused sum cancels", cancel(steps, columns)),
+        *_exact_dots(recipe, weight, columns),
         ("Gaussian", lambda s: random_activations(*shape, dtype=dtype, seed=s)),
-        ("the whole sum cancels in columns far apart", lambda s: cancelling(w, whole, spread, shape[0], dtype, s)),
-        ("wide exponents", lambda s: _wide(w, *shape, dtype, s)),
+        ("the whole sum cancels in columns far apart", cancel(whole, spread)),
+        ("wide exponents", lambda s: _fitted(_wide(*shape, s), summed, dtype)),
         ("integers", lambda s: torch.randint(-8, 9, shape, generator=_generator(s)).to(dtype)),
         ("all ones", lambda s: torch.ones(shape, dtype=dtype)),
-        ("large", lambda s: _fitted(random_activations(*shape, dtype=torch.float16, seed=s).double(), w, dtype)),
-        ("small", lambda s: (random_activations(*shape, dtype=torch.float16, seed=s).double() * 2.0**-14).to(dtype)),
+        ("large", lambda s: _fitted(_gaussian(*shape, s), summed, dtype)),
+        ("small", lambda s: (_gaussian(*shape, s) * 2.0**-14).to(dtype)),
     )
     for number, (kind, make) in enumerate(makers):
         yield Probe(kind, make(1000 * seed + number))
 
 
+def _gaussian(m: int, k: int, seed: int) -> Tensor:
+    return random_activations(m, k, dtype=torch.float16, seed=seed).double()
+
+
+def _wide(m: int, k: int, seed: int) -> Tensor:
+    """Exponents from anywhere within 24 binades."""
+    return _gaussian(m, k, seed) * torch.pow(2.0, torch.randint(-24, 1, (m, k), generator=_generator(seed)).double())
+
+
 def multiplied(recipe: Recipe, weight: Int4Weight) -> Tensor:
     """The weight as the recipe decodes it, its scale in it: float64 [K, N]."""
-    w = decode(recipe, weight.codes, weight.zeros, weight.scales, weight.group_index).double()
+    w = _summed(recipe, weight)
     return w * weight.scales.double()[weight.group_index.long()] if recipe.weights == "integer" else w
+
+
+def _summed(recipe: Recipe, weight: Int4Weight) -> Tensor:
+    """The same as it is summed, perhaps before its scale."""
+    return decode(recipe, weight.codes, weight.zeros, weight.scales, weight.group_index).double()
 
 
 def one_hot(recipe: Recipe, power: int) -> Iterator[Tensor]:
@@ -77,6 +97,25 @@ def one_hot(recipe: Recipe, power: int) -> Iterator[Tensor]:
         x = torch.zeros((recipe.M, recipe.K), dtype=DTYPES[recipe.dtype])
         x[: stop - start] = one_hot_rows(start, stop, recipe.K, dtype=DTYPES[recipe.dtype]) * 2.0**power
         yield x
+
+
+def _exact_dots(recipe: Recipe, weight: Int4Weight, columns: Tensor) -> Iterator[tuple[str, Callable[[int], Tensor]]]:
+    """For ExLlama's fp16 dots, whose own roundings hide all others: x of few bits, one for each dot, so that dots are exact."""
+    if not has(recipe, HalfDot):
+        return
+    size = HalfDot().terms
+    order = row_order(recipe, weight)
+    rows = (torch.arange(recipe.K) if order is None else order).reshape(-1, size)
+    whole, dtype = [torch.arange(len(rows))[None]], DTYPES[recipe.dtype]
+    w, summed = multiplied(recipe, weight)[rows].sum(1), _summed(recipe, weight).abs()
+
+    def make(seed: int) -> Tensor:
+        few = cancelling(w, whole, columns, recipe.M, dtype, seed, bits=5, levels=4, share=16)
+        x = torch.empty((recipe.M, recipe.K), dtype=torch.float64)
+        x[:, rows.reshape(-1)] = few.repeat_interleave(size, 1)
+        return _fitted(x, summed, dtype)
+
+    yield "exact dots cancel", make
 
 
 def one_hot_power(weight: Int4Weight, bias: Tensor | None) -> int:
@@ -107,42 +146,56 @@ def _sets(recipe: Recipe, weight: Int4Weight) -> tuple[list[Tensor], list[Tensor
     return [torch.stack(s) for s in chains.values()], [torch.stack(s) for s in steps.values()]
 
 
-def cancelling(w: Tensor, sets: list[Tensor], columns: Tensor, m: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """x [m, K] whose products with w float64 [K, N] nearly cancel in some of ``columns`` within every set of k [S, size].
+def cancelling(
+    w: Tensor,
+    sets: list[Tensor],
+    columns: Tensor,
+    m: int,
+    dtype: torch.dtype,
+    seed: int,
+    *,
+    bits: int = 0,
+    levels: int = 2,
+    share: int = 8,
+) -> Tensor:
+    """x float64 [m, K] whose products with w float64 [K, N] nearly cancel in some ``columns`` within every set of k [S, size].
 
-    As many columns as an eighth of a set, at least one. Sets of fewer than four k take random values.
+    Of as many bits as ``dtype`` has, or of ``bits``; to be scaled by a power of two. As many columns as size / ``share``, at
+    least one. Half of a set is drawn at random, the rest takes away what is left in ``levels`` steps; sets too small for the
+    steps take random values.
     """
     g = _generator(seed)
     x = torch.zeros((m, len(w)), dtype=torch.float64)
     for k in sets:
-        count, size = k.shape
+        size = k.shape[1]
         k = k.gather(1, torch.rand(k.shape, generator=g).argsort(1))
-        take = columns[: max(1, size // 8)]
-        quarter = size // 4
-        parts = (k[:, : size - 2 * quarter], k[:, size - 2 * quarter : size - quarter], k[:, size - quarter :])
-        drawn = random_activations(m, parts[0].numel(), dtype=torch.float16, seed=seed + 1).double()
-        x[:, parts[0].reshape(-1)] = drawn.to(dtype).double()
-        left = torch.einsum("msk,skc->msc", x[:, parts[0]], w[parts[0]][..., take])
-        for part in parts[1:] if quarter else ():
-            a = w[part][..., take]  # [S, quarter, c]
+        take = columns[: max(1, size // share)]
+        step = size // (2 * levels)
+        drawn, *parts = k.split([size - levels * step, *[step] * levels], 1)
+        values = random_activations(m, drawn.numel(), dtype=torch.float16, seed=seed + 1).double()
+        x[:, drawn.reshape(-1)] = _rounded(values, dtype, bits)
+        left = torch.einsum("msk,skc->msc", x[:, drawn], w[drawn][..., take])
+        for part in parts if step else ():
+            a = w[part][..., take]  # [S, step, c]
             found = -torch.einsum("msc,sck->msk", left, torch.linalg.pinv(a))
-            found = round_once(found.clamp(-512, 512), dtype).double()
+            found = _rounded(found.clamp(-512, 512), dtype, bits)
             x[:, part.reshape(-1)] = found.reshape(m, -1)
             left = left + torch.einsum("msk,skc->msc", found, a)
-        assert left.shape == (m, count, len(take))
-    return _fitted(x, w, dtype)
+    return x
 
 
-def _fitted(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
+def _rounded(x: Tensor, dtype: torch.dtype, bits: int) -> Tensor:
+    """To a number of ``dtype``, or of so many bits; float64."""
+    if not bits:
+        return round_once(x, dtype).double()
+    fraction, exponent = torch.frexp(x)
+    return torch.ldexp((fraction * 2**bits).round(), exponent - bits)
+
+
+def _fitted(x: Tensor, summed: Tensor, dtype: torch.dtype) -> Tensor:
     """x times the power of two that brings its sums of absolute products just below :data:`LARGEST`."""
-    most = float((x.abs() @ w.abs()).max())
+    most = float((x.abs() @ summed).max())
     power = math.floor(math.log2(LARGEST / most)) if most else 0
     largest = float(x.abs().max()) or 1.0
-    power = min(power, math.floor(math.log2(32768.0 / largest)))
+    power = min(power, math.floor(math.log2(LARGEST / largest)))
     return round_once(x * 2.0**power, dtype)
-
-
-def _wide(w: Tensor, m: int, k: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Exponents from anywhere within 24 binades."""
-    x = random_activations(m, k, dtype=torch.float16, seed=seed).double()
-    return _fitted(x * torch.pow(2.0, torch.randint(-24, 1, (m, k), generator=_generator(seed)).double()), w, dtype)

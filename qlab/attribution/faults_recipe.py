@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 
 from qlab.attribution import cuts, rewrites
-from qlab.attribution.fault import Fault
+from qlab.attribution.fault import Fault, distinct
 from qlab.attribution.rewrites import Rewrite
 from qlab.backends.registry import Problem
 from qlab.errors import QlabError
@@ -65,7 +65,7 @@ def changes(said: Recipe, problem: Problem) -> Iterator[tuple[Fault, Rewrite]]:
         else:
             yield Fault("tensor core: accumulators in fp32", "their sums rounded to fp16"), rewrites.wider_accumulator
             yield Fault("tensor core: accumulators in fp32", "their sums as they are"), rewrites.other_accumulator
-        yield Fault("fused multiply-adds in place of the tensor core"), rewrites.multiply_adds
+        yield Fault("tensor core: fused multiply-adds in its place"), rewrites.multiply_adds
         yield Fault("chains: k in kWidth 4's order within dots of 32"), rewrites.dots(dot_order(DOT, 4))
         yield Fault("chains: k in natural order within dots of 32"), rewrites.dots(np.arange(DOT))
     for size in sorted({step.terms, *STRETCHES} if step.terms > 1 else STRETCHES):
@@ -201,8 +201,7 @@ class Variants:
 
 def _one(same: Sequence[Variant]) -> Variant:
     """Variants of one recipe as one, under every name; the order in which two changes were made counts no more."""
-    names = {tuple(sorted(v.faults, key=str)): v.faults for v in reversed(same)}
-    first, *others = reversed(names.values())
+    first, *others = distinct(v.faults for v in same)
     return Variant(same[0].recipe, first, tuple(others))
 
 
@@ -218,24 +217,15 @@ def source(said: Recipe, problem: Problem) -> tuple[str, Gpu] | None:
     return None
 
 
-@lru_cache(maxsize=128)
-def _variants(key: tuple[str, Problem], made: _Same) -> Variants:
-    return Variants(made.clean, key[1])
-
-
-class _Same:
-    """A recipe beside a key that tells it apart."""
-
-    def __init__(self, clean: Recipe) -> None:
-        self.clean = clean
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same)
+_KEPT = 64
+_variants: dict[tuple[str, Problem], Variants] = {}
 
 
 def variants(clean: Recipe, problem: Problem) -> Variants:
-    """The variants of a clean recipe, kept: many weights are probed under one."""
-    return _variants((clean.hash, problem), _Same(clean))
+    """The variants of a clean recipe; those of the last ones are kept, for many kernels may be probed under one."""
+    key = clean.hash, problem
+    found = _variants.pop(key, None) or Variants(clean, problem)
+    _variants[key] = found
+    if len(_variants) > _KEPT:
+        del _variants[next(iter(_variants))]
+    return found

@@ -46,10 +46,9 @@ class Weights:
         """Each named fault that changes this weight."""
         return tuple(self._after(self.none))
 
-    @cached_property
-    def double(self) -> tuple[Candidate, ...]:
-        """Two named faults, in either order."""
-        return tuple(c for first in self.single for c in self._after(first))
+    def double(self) -> Iterator[Candidate]:
+        """Two named faults, in either order; made one by one, for each may hold a whole weight."""
+        return (c for first in self.single for c in self._after(first))
 
     def _after(self, first: Candidate) -> Iterator[Candidate]:
         kinds = {f.kind for f in first.faults}
@@ -69,7 +68,7 @@ class Weights:
         return known[count]
 
     def _search(self, reading: Reading, count: int) -> list[Candidate]:
-        bases = ((self.none,), self.single if count else (), self.double if count > 1 else ())
+        bases = ((self.none,), self.single if count else (), self.double() if count > 1 else ())
         found: list[Candidate] = []
         for level in range(min(count, 2), -1, -1):
             for base in bases[level]:

@@ -14,8 +14,8 @@ from qlab.attribution.subject import Call
 from qlab.compare import differing
 from qlab.errors import UnsupportedError
 
-LAYER = "layer "
-"""What the name of one linear's own measure begins with."""
+LAYER, PROMPT = "layer ", "prompt "
+"""What the name of one linear's own measure begins with, and what one of a single prompt."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Results:
     """What a hybrid computed."""
 
     outputs: Sequence[Tensor]
-    """y [M, N] of every call."""
+    """y [M, N] of every call, in A's units."""
     logprobs: Tensor | None
     """float32 [rows, k]."""
 
@@ -34,8 +34,8 @@ class Measures:
     Raises UnsupportedError where an end is not finite.
     """
 
-    def __init__(self, calls: Sequence[Call], a: Results, b: Results) -> None:
-        self._calls, self._a, self._b = calls, a, b
+    def __init__(self, calls: Sequence[Call], rows: Sequence[int], a: Results, b: Results) -> None:
+        self._calls, self._rows, self._a, self._b = calls, rows, a, b
         for side, results in (("A", a), ("B", b)):
             if bad := next((c.linear for c, y in zip(calls, results.outputs, strict=True) if not y.isfinite().all()), None):
                 raise UnsupportedError(f"{side}'s output of {bad} is not finite: its values leave the range of the dtype")
@@ -56,14 +56,25 @@ class Measures:
             measures[PROJECTION] = math.fsum(v / self._norms[n] for n, v in along.items()) / self._way
         if found.logprobs is not None and self._a.logprobs is not None:
             measures[LOGPROBS] = _distance(self._a.logprobs, found.logprobs)
-        return measures | {LAYER + n: v for n, v in layers.items()}
+        return measures | {LAYER + n: v for n, v in layers.items()} | self._by_prompt(apart, found.logprobs)
+
+    def _by_prompt(self, apart: Sequence[Tensor], logprobs: Tensor | None) -> dict[str, float]:
+        """The output's measure and the log-probabilities' of each prompt, in the units of the whole."""
+        found: dict[str, list[float]] = {}
+        for call, d in zip(self._calls, apart, strict=True):
+            found.setdefault(f"{PROMPT}{call.prompt} {OUTPUT}", []).append(_dot(d, d) / self._norms[call.linear])
+        if logprobs is not None and self._a.logprobs is not None:
+            both = zip(self._a.logprobs.split(list(self._rows)), logprobs.split(list(self._rows)), strict=True)
+            for i, (p, q) in enumerate(both):
+                found[f"{PROMPT}{i} {LOGPROBS}"] = [_distance(p, q)]
+        return {name: math.fsum(v) for name, v in found.items()}
 
     def differing(self) -> dict[str, tuple[int, int, int]]:
         """By linear: rows of its calls, elements of B's outputs whose bits differ from A's, all elements."""
         found: dict[str, tuple[int, int, int]] = {}
         for call, p, q in zip(self._calls, self._a.outputs, self._b.outputs, strict=True):
             rows, count, every = found.get(call.linear, (0, 0, 0))
-            found[call.linear] = rows + call.M, count + differing(p, q), every + p.numel()
+            found[call.linear] = rows + call.M, count + differing(p.double(), q.double()), every + p.numel()
         return found
 
     def _by_linear(self, values: Sequence[float]) -> dict[str, float]:

@@ -24,7 +24,7 @@ CACHE_VARIABLE = "QLAB_CACHE"
 RECORD = "qlab/requantized.json"
 """Inside a made checkpoint: which settings, text and code it is of."""
 Done = Callable[[str], None]
-"""Hears of each unit that is quantised, e.g. ``AWQ, full ranges: model.layers.0.qkv``."""
+"""Hears of each unit that is quantised, e.g. ``AWQ, asymmetric, groups of 128: model.layers.0.qkv``."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def requantize(original: Path, settings: Settings, calibration: Calibration, don
         model = load(original)
         rows = token_rows(tokenizer(original), calibration.text, calibration.length, calibration.samples)
         options = settings.options()
-        result = quantize_model(model, () if settings.algorithm == "rtn" else rows.split(8), options, done)
+        batches = () if settings.algorithm == "rtn" else rows.split(8)
+        result = quantize_model(model, batches, options, lambda unit: done(f"{settings}: {unit}"))
         record = json.dumps(_record(original, settings, calibration), indent=1).encode() + b"\n"
         made = save(
             beside / "checkpoint",

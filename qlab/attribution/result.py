@@ -49,7 +49,8 @@ class Share:
     removed: float | None = None
     """What the measure loses where all but this factor are B's; None likewise."""
     low: float | None = None
-    """95% interval of ``value`` where orders were sampled; None where it is exact."""
+    """95% interval of ``value``: over draws of orders where these were sampled, else of its share over resampled prompts (or
+    calls of a layer), times the total; None for a single one."""
     high: float | None = None
 
 
@@ -159,12 +160,15 @@ class Explained:
         return read_json(cls, path, SCHEMA)
 
 
-def measure(name: str, factors: Sequence[str], split: Attribution) -> Measure:
-    """One value function's split, by the names of the game's factors."""
+def measure(
+    name: str, factors: Sequence[str], split: Attribution, intervals: Sequence[tuple[float, float]] | None = None
+) -> Measure:
+    """One value function's split, by the names of the game's factors; ``intervals`` of the parts where no order was drawn."""
     total = float(split.total)
     parts = []
     for i, factor in enumerate(factors):
-        alone, removed, interval = split.alone[i], split.removed[i], split.intervals[i]
+        alone, removed = split.alone[i], split.removed[i]
+        interval = split.intervals[i] or (intervals[i] if intervals else None)
         parts.append(
             Share(
                 factor,

@@ -210,20 +210,16 @@ def join_type(said: Recipe) -> Recipe | None:
 
 
 def _unrounded(n: Node) -> Node:
-    return n.node if isinstance(n, Round) else n
+    if isinstance(n, Round):
+        return _unrounded(n.node)
+    if isinstance(n, Join) or (isinstance(n, Unordered) and len(n.parts) == 2 and not n.scaled):
+        return join([_unrounded(p) for p in n.parts])
+    return n
 
 
 def without_rounding(said: Recipe) -> Recipe | None:
-    """Partial sums kept in fp32; ExLlama's two atomic additions become one of fp32."""
-
-    def node(n: Node) -> Node:
-        if isinstance(n, Join):
-            return join([_unrounded(p) for p in n.parts])
-        if isinstance(n, Unordered) and len(n.parts) == 2 and not n.scaled:
-            return join([_unrounded(p) for p in n.parts])
-        return n
-
-    return trees(node)(said)
+    """Partial sums kept and joined in fp32; ExLlama's two atomic additions become one."""
+    return rebuilt(said, _unrounded)
 
 
 def with_rounding(said: Recipe) -> Recipe | None:

@@ -49,6 +49,13 @@ class Settings:
         if reason := refusal(asdict(self)):
             raise QlabError(f"such settings do not exist: {reason}")
 
+    def __str__(self) -> str:
+        """``AWQ, asymmetric, groups of 128, clipped``."""
+        group = "whole columns" if self.group_size == -1 else f"groups of {self.group_size}"
+        parts = [ALGORITHMS[self.algorithm], "symmetric" if self.symmetric else "asymmetric", group]
+        parts += [said for said, holds in (("act-order", self.act_order), ("clipped", self.clip)) if holds]
+        return ", ".join(parts)
+
     def options(self) -> Options:
         """For :func:`qlab.quantize.model.quantize_model`."""
         return Options(

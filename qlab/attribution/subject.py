@@ -15,10 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qlab import compare, hardware
+from qlab import compare
+from qlab.attribution.input_scales import consumer, moved_input, moved_output
 from qlab.attribution.result import End
 from qlab.backends.registry import Problem
-from qlab.engine.builtin import SOURCES, Builtin
+from qlab.engine.builtin import SOURCES, Builtin, runs_natively
 from qlab.engine.linear import Linear
 from qlab.engine.path import Path
 from qlab.engine.run import Request, Run, Tap
@@ -26,7 +27,7 @@ from qlab.engine.schedule import Batching
 from qlab.lab.model_files import ModelFiles
 from qlab.lab.outputs import NATIVE, REPLAY
 from qlab.recipe import Recipe
-from qlab.weights import Int4Weight, round_once
+from qlab.weights import Int4Weight
 
 Choice = Callable[[str, int], Recipe]
 """The recipe of a linear for a number of tokens."""
@@ -52,6 +53,8 @@ class Call:
     linear: str
     x: Tensor
     """[M, K] in the activations' dtype, as A's weight expects it."""
+    prompt: int = 0
+    """Which of the inputs, drawn independently of each other, it belongs to."""
 
     @property
     def M(self) -> int:
@@ -59,24 +62,31 @@ class Call:
 
 
 class Layer:
-    """One weight and one input for both paths. ``native`` as :class:`qlab.engine.builtin.Builtin` takes it, for the ends."""
+    """One weight and one input x [T, K] for both paths, in calls of ``m`` rows each (all of them in one unless it is named).
 
-    rows = 0
-    """Rows of log-probabilities: there is no model around the linear."""
+    ``native`` as :class:`qlab.engine.builtin.Builtin` takes it, for the ends.
+    """
 
-    def __init__(self, weight: Int4Weight, x: Tensor, a: Path, b: Path, *, native: bool | None = None) -> None:
-        self.calls: tuple[Call, ...] = (Call(weight.name, x),)
+    rows: tuple[int, ...] = ()
+    """Of log-probabilities, by prompt: there is no model around the linear."""
+
+    def __init__(
+        self, weight: Int4Weight, x: Tensor, a: Path, b: Path, *, m: int | None = None, native: bool | None = None
+    ) -> None:
+        self.calls: tuple[Call, ...] = tuple(Call(weight.name, part, i) for i, part in enumerate(x.split(m or len(x))))
         self.tokens = len(x)
         self._ends = tuple(Linear(weight, p, x.device, native=_native(p, x.device, native)) for p in (a, b))
         self._hybrid = Linear(weight, a, x.device, native=False)
 
     def end(self, side: int, choice: Choice) -> End:
         """A's (0) or B's (1) kernel against the hybrid at that end."""
-        (call,), linear = self.calls, self._ends[side]
-        form, recipe = linear.form(call.M), choice(call.linear, call.M)
-        y, (other,) = form.run(call.x, 0), self.outputs(0, choice)
-        differing = _differing_bits(y, other) if recipe.ordered or form.origin == REPLAY else None
-        return End(str(linear.path), form.origin, (form.kernel,), y.numel(), differing)
+        linear = self._ends[side]
+        forms = [linear.form(c.M) for c in self.calls]
+        mine, others = [linear.run(c.x) for c in self.calls], self.outputs(0, choice)
+        fixed = all(f.origin == REPLAY or choice(c.linear, c.M).ordered for c, f in zip(self.calls, forms, strict=True))
+        differing = sum(_differing_bits(y, other) for y, other in zip(mine, others, strict=True)) if fixed else None
+        kernels = tuple(sorted({f.kernel for f in forms}))
+        return End(str(linear.path), forms[0].origin, kernels, sum(y.numel() for y in mine), differing)
 
     def weight(self, state: int, call: Call) -> Int4Weight:
         """The call's weight."""
@@ -87,10 +97,9 @@ class Layer:
         return replace(self._hybrid.problem, M=call.M)
 
     def outputs(self, state: int, choice: Choice) -> list[Tensor]:
-        """y [M, N] of the call."""
-        (call,) = self.calls
-        self._hybrid.follow(lambda m: choice(call.linear, m))
-        return [self._hybrid.run(call.x)]
+        """y [M, N] of every call."""
+        self._hybrid.follow(partial(choice, self._hybrid.name))
+        return [self._hybrid.run(call.x) for call in self.calls]
 
     def logprobs(self, state: int, choice: Choice) -> None:
         """None."""
@@ -136,8 +145,11 @@ class Model:
         first = own.run(replace(self._request, taps=self._taps))
         self._wanted = tuple(s.ids for s in first.sequences)
         self._ran = {0: (own, first)}
-        self.calls = tuple(Call(name, x) for name, x, _ in _calls(first, names))
-        self.rows = sum(len(ids) for ids in self._wanted)
+        own_prompts = [step[0].sequence for step in first.steps for _ in names]
+        found = zip(_calls(first, names), own_prompts, strict=True)
+        self.calls = tuple(Call(name, x.to(device), p) for (name, x, _), p in found)
+        self.rows = tuple(len(ids) for ids in self._wanted)
+        """Of log-probabilities, by prompt."""
         self.tokens = sum(len(p) + forced - 1 for p in fed)
 
     def _own(self, side: int) -> Builtin:
@@ -172,13 +184,16 @@ class Model:
         return replace(self._engine(state).model.linears[call.linear].problem, M=call.M)
 
     def outputs(self, state: int, choice: Choice) -> list[Tensor]:
-        """y [M, N] of every call, each on A's input: AWQ's input scales are taken out and the state's put in, rounded once."""
-        mine, engine = self._engine(0).model.linears, self._engine(state)
-        found = []
+        """y [M, N] of every call, each on A's input and in A's units: AWQ's input scales differ between checkpoints."""
+        model = self._engine(state).model
+        mine, other = self._engine(0).model.linears, model.linears
+        config, found = model.blocks.config, []
+        own_values = config.num_attention_heads == config.num_key_value_heads
         for call in self.calls:
-            linear = engine.model.linears[call.linear]
+            linear, behind = other[call.linear], consumer(call.linear, own_values=own_values)
             linear.follow(partial(choice, call.linear))
-            found.append(linear.run(_moved(call.x, mine[call.linear].weight, linear.weight), self._request.seed))
+            y = linear.run(moved_input(call.x, mine[call.linear].weight, linear.weight), self._request.seed)
+            found.append(moved_output(y, mine[behind].weight, other[behind].weight) if behind else y)
         return found
 
     def logprobs(self, state: int, choice: Choice) -> Tensor:
@@ -223,17 +238,8 @@ def _calls(run: Run, names: Sequence[str]) -> list[tuple[str, Tensor, Tensor]]:
 
 
 def _native(path: Path, device: torch.device, asked: bool | None) -> bool | None:
-    """Whether a path's kernels are to run natively: only where this GPU has its arithmetic."""
-    here = hardware.detect() if device.type == "cuda" else None
-    return asked if here is not None and here.same_arithmetic(hardware.gpu(path.gpu)) else False
-
-
-def _moved(x: Tensor, mine: Int4Weight, other: Int4Weight) -> Tensor:
-    """x [M, K] for ``mine`` as ``other`` expects it."""
-    if mine is other or (mine.input_scale is None and other.input_scale is None):
-        return x
-    wide = x.double() if mine.input_scale is None else x.double() * mine.input_scale.double()
-    return round_once(wide if other.input_scale is None else wide / other.input_scale.double(), other.dtype)
+    """As a linear takes it: True insists, None may run natively, False replays."""
+    return asked if runs_natively(path, device, asked) else False
 
 
 def _differing_bits(a: Tensor, b: Tensor) -> int:

@@ -163,7 +163,7 @@ def weight_factors(
         except QlabError as e:
             why = str(e)
     texts = (_named(d, c) for d, c in zip(ends, (a, b), strict=True))
-    return WeightFactors((WeightFactor("weights", "weights", *texts),), size, (f"the weights are one factor: {why}",), ends)
+    return WeightFactors((WeightFactor("weights", "weights", *texts),), size, (_together(size, why),), ends)
 
 
 def _by_settings(
@@ -229,8 +229,17 @@ def _modules(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
+def _together(size: WeightsDifference, why: str) -> str:
+    """A note on the one factor: its size, and why it is one."""
+    said = f"the weights ({size}) are one factor: {why}"
+    if size.relative_l2 is not None:
+        return said
+    return f"{said}; AWQ's input scales are not kept beside them, so that the layers' outputs lie in two coordinates"
+
+
 def _named(directory: Path, found: Checkpoint) -> str:
-    return f"{directory.resolve().name} ({found.method})"
+    name = directory.resolve().name
+    return name if found.method in name else f"{name} ({found.method})"
 
 
 def _beside(size: WeightsDifference) -> tuple[str, ...]:

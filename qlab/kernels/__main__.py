@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click.core import ParameterSource
 
-from qlab.command import one_sentence
-from qlab.errors import QlabError
+from qlab.command import named, one_sentence, refuse
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 EXPLAIN = "Why two paths differ (--explain)"
@@ -74,7 +71,9 @@ def main(
     requantize: Annotated[
         bool,
         typer.Option(
-            help="split the weights into algorithm, zero points, ..., which takes minutes once", rich_help_panel=EXPLAIN
+            "--requantize",
+            help="split the weights into algorithm, zero points, ..., which takes minutes once",
+            rich_help_panel=EXPLAIN,
         ),
     ] = False,
     map: Annotated[
@@ -87,7 +86,7 @@ def main(
 ) -> None:
     """Run AWQ and GPTQ INT4 kernels side by side and say how far their results lie apart, and why."""
     typed = {name: value for name, value in locals().items() if name != "context"}
-    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    given = named(context)
     if explain is not None:
         from qlab.kernels import explaining
 
@@ -100,13 +99,6 @@ def main(
         refuse(given, ("model_b", "prompts", "decode", "top_k", "samples", "requantize"), "belongs to --explain A B")
         refuse(given, ("values",), "belongs to --map")
         _run(typed, every_layer)
-
-
-def refuse(given: Iterable[str], names: Iterable[str], why: str) -> None:
-    """Refuse options that would change nothing, by name. Raises QlabError."""
-    for name in names:
-        if name in given:
-            raise QlabError(f"--{name.replace('_', '-')} {why}")
 
 
 def _run(typed: dict[str, Any], every_layer: bool) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlab.command import FIGURES, check_output, parse_shape, torch_device
+from qlab.command import FIGURES, check_output, parse_shape, refuse, torch_device
 from qlab.errors import QlabError
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 TOKENS, PROMPTS, GROUP = 48, 2, 128
 """Of a prompt, of prompts, and rows of a group, unless they are named. 48 tokens keep every label off cuBLAS."""
+ROWS = 64
+"""Rows that ``--shape`` multiplies, in calls of M each: a single row's few differing outputs would say little."""
 OTHERS = ("against", "weights", "awq", "gptq", "layers", "kernels", "runs", "probe", "trusted", "pin_marlin", "map", "values")
 """Options of the other modes."""
 OF_A_MODEL = ("model", "model_b", "original", "text", "prompts", "decode", "top_k", "requantize")
@@ -28,7 +30,6 @@ def run(typed: Mapping[str, Any], given: Collection[str]) -> None:
     """Check every option, explain, print. Raises QlabError naming the option and the mend."""
     from rich.console import Console
 
-    from qlab.kernels.__main__ import refuse
     from qlab.report import explain as report
     from qlab.serial import write_json
 
@@ -51,6 +52,8 @@ def _explained(typed: Mapping[str, Any], given: Collection[str]) -> Explained:
 
     if typed["dtype"] not in DTYPES:
         raise QlabError(f"--dtype {typed['dtype']!r} is not one of {', '.join(DTYPES)}")
+    if all("@" in text for text in typed["explain"]):
+        refuse(given, ("hw",), "is the GPU of a path that names none; both paths name theirs")
     a, b = (EnginePath.parse(text if "@" in text else f"{text}@{typed['hw']}") for text in typed["explain"])
     asked = _Asked(typed, given, a, b, DTYPES[typed["dtype"]], torch_device(typed["device"]))
     return asked.on_layer() if typed["shape"] else asked.on_model()
@@ -72,7 +75,6 @@ class _Asked:
         from qlab.attribution.explain import OneWeight, explain
         from qlab.attribution.subject import Layer
         from qlab.inputs import random_activations, random_weight
-        from qlab.kernels.__main__ import refuse
 
         t = self.typed
         refuse(self.given, (*OF_A_MODEL, "tokens"), "belongs to a model; --shape is one random layer")
@@ -80,13 +82,14 @@ class _Asked:
         if len(t["shape"]) > 1:
             raise QlabError("--explain takes one --shape; name each in a call of its own")
         m, k, n = parse_shape(t["shape"][0], group)
-        symmetric = "gptq_marlin" in (self.a.method, self.b.method) or "gptq" in (self.a.source, self.b.source)
+        symmetric = "gptq" in (self.a.source, self.b.source)
         weight = random_weight(k, n, group, dtype=self.dtype, symmetric=symmetric, seed=t["seed"], name=f"{m},{k},{n}")
-        x = random_activations(m, k, dtype=self.dtype, seed=t["seed"]).to(self.device)
+        x = random_activations(max(m, ROWS // m * m), k, dtype=self.dtype, seed=t["seed"]).to(self.device)
         kind = "symmetric" if symmetric else "asymmetric"
-        where = f"random layer, M,K,N = {m},{k},{n}, groups of {weight.group_size}, {kind}, seed {t['seed']}"
+        rows = f"{len(x)} rows in calls of {m}"
+        where = f"random layer, M,K,N = {m},{k},{n}, {rows}, groups of {weight.group_size}, {kind}, seed {t['seed']}"
         with _bar() as advance:
-            subject = Layer(weight.to(self.device), x, self.a, self.b)
+            subject = Layer(weight.to(self.device), x, self.a, self.b, m=m)
             return explain(subject, self.a, self.b, OneWeight(), where=where, advance=advance, **self._common())
 
     def on_model(self) -> Explained:
@@ -94,7 +97,6 @@ class _Asked:
         from qlab.attribution.explain import OneWeight, explain
         from qlab.attribution.subject import Model
         from qlab.attribution.weights import WeightFactors, weight_factors
-        from qlab.kernels.__main__ import refuse
         from qlab.logprobs.engines import default_directory
         from qlab.logprobs.model import identify
 
@@ -105,7 +107,12 @@ class _Asked:
         other = t["model_b"] or (one if alike else default_directory(self.b))
         if t["model"] and not t["model_b"] and not alike:
             raise QlabError(f"--model is a checkpoint for {self.a}; name the one that {self.b} serves with --model-b")
-        models = [identify(d) for d in dict.fromkeys((one, other))]
+        same = other.resolve() == one.resolve()
+        if same:
+            refuse(self.given, ("requantize", "original"), "tells two checkpoints apart; both paths serve the same one")
+        elif not t["requantize"]:
+            refuse(self.given, ("original",), "is what --requantize starts from; add that")
+        models = [identify(d) for d in ((one,) if same else (one, other))]
         if len({m.vocabulary for m in models}) > 1:
             raise QlabError(f"--model {one.name} and --model-b {other.name} have different vocabularies: they are two models")
         if t["top_k"] > models[0].vocabulary:
@@ -113,7 +120,7 @@ class _Asked:
         prompts = self._prompts(one)
         with _bar() as advance:
             weights: WeightFactors | OneWeight = OneWeight(one)
-            if other.resolve() != one.resolve():
+            if not same:
                 again = {"original": t["original"], "requantize": t["requantize"]}
                 weights = weight_factors(one, other, done=lambda unit: advance(0, 0, unit), **again)
             subject = Model(
@@ -137,8 +144,16 @@ class _Asked:
         from qlab.quantize.text import read_text, token_rows
 
         t = self.typed
+        prefilled = TOKENS if t["tokens"] is None else t["tokens"]
+        if prefilled < 1:
+            raise QlabError(f"--tokens {prefilled} must be at least 1")
+        for path in (self.a, self.b):
+            if path.chunk and prefilled > path.chunk:
+                raise QlabError(
+                    f"--tokens {prefilled}: {path} leaves its INT4 kernel for cuBLAS above {path.chunk} tokens; name fewer"
+                )
         text = data.heldout_text() if t["text"] is None else read_text(t["text"])
-        length = (t["tokens"] or TOKENS) + t["decode"] + 1
+        length = prefilled + t["decode"] + 1
         count = t["prompts"] or PROMPTS
         rows: list[list[int]] = token_rows(tokenizer(directory), text, length, count).tolist()
         if len(rows) < count:
@@ -150,6 +165,8 @@ class _Asked:
     def _common(self) -> dict[str, Any]:
         arguments = {n: v.name if isinstance(v, Path) else str(v) for n, v in self.typed.items() if n in self.given}
         arguments["explain"] = " ".join(self.typed["explain"])
+        if self.typed["shape"]:
+            arguments["shape"] = self.typed["shape"][0]
         return {"samples": self.typed["samples"], "seed": self.typed["seed"], "arguments": arguments}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from qlab.command import FIGURES, check_output, parse_shape
+from qlab.command import FIGURES, check_output, parse_shape, refuse
 from qlab.errors import QlabError
 
 DEFAULTS = {"M": "1:512", "N": "128:14336:128", "K": "128:14336:128", "sms": "1:160"}
@@ -17,8 +17,6 @@ USED = ("hw", "kernels", "shape", "group", "dtype", "json", "plot", "map", "valu
 
 def run(typed: Mapping[str, Any], given: Collection[str]) -> None:
     """Check every option, map, print. Raises QlabError naming the option and the mend."""
-    from qlab.kernels.__main__ import refuse
-
     refuse(given, [name for name in typed if name not in USED], "does not go with --map; leave it out")
     check_output("--json", typed["json"])
     check_output("--plot", typed["plot"], FIGURES)
@@ -49,6 +47,8 @@ def run(typed: Mapping[str, Any], given: Collection[str]) -> None:
     if not symmetric:
         problem = replace(problem, zero_min=1, zero_max=15)
     arguments = {name: str(typed[name]) for name in USED if name in given and name not in ("json", "plot")}
+    if typed["shape"]:
+        arguments["shape"] = shape[0]
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("recipes", total=len(values) * len(names))
         found = map_recipes(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -207,6 +208,7 @@ def _banded(rows: Span, bands: tuple[tuple[int, int, int], ...]) -> list[tuple[S
     return [((top, bottom), count) for (top, bottom), count in cut if top < bottom]
 
 
+@lru_cache(maxsize=1024)
 def piece_sum(step: Step, walk: Walk, warps: int = 1, k_width: int = NATURAL) -> Node:
     """One piece's sum: a chain for each warp over its turns of 32 k, joined ``acc0 + (acc1 + (acc3 + acc2))`` in fp32."""
     if warps == 1 and k_width == NATURAL:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from qlab.attribution.result import LOGPROBS, MEASURES, OUTPUT, PACKING, PROJECTION, End, Explained, Factor, Measure, Share
 from qlab.report.explain_figure import waterfall
-from qlab.report.explain_words import headline, percent, ranked, reading, sentence, sides
+from qlab.report.explain_words import brief, headline, percent, ranked, reading, sentence, sides
 from qlab.report.logprob_cells import small
 from qlab.report.markdown import table
 from qlab.report.terminal import Titled, number, short, short_kernel
@@ -29,8 +29,10 @@ BROKEN = {LOGPROBS: "log-\nprobs", OUTPUT: "outputs", PROJECTION: "projec-\ntion
 UNIT = {LOGPROBS: "squared L2 of the log-probabilities (nat^2)", OUTPUT: "squared relative L2 of the layers' outputs, summed"}
 PAIRS, SMALLEST = 6, 1e-4
 """Interactions that are shown at most, and the share of the total from which they are."""
-WIDE = 100
-"""Columns from which the two cheap readings are printed, too."""
+WIDE, INTERVAL = 100, 10
+"""Columns of a terminal from which the two cheap readings are printed, too, and how many more where there are intervals."""
+LONGEST = 16
+"""Letters of a factor's longest word, set in: ``dequantisation``, ``multiplication``."""
 FITS = 14
 """Letters of a side's name that fit the head of its column."""
 Kind = Literal["union", "factor", "same", "total", "rounding"]
@@ -58,11 +60,12 @@ class Row:
 def show(e: Explained, console: Console, *, every_layer: bool = False) -> None:
     """Print the whole answer; ``every_layer`` adds a row for each linear layer."""
     console.print(header(e))
-    console.print(factor_table(e, console.width), Text("\n".join(_below(e)) + "\n"))
-    if (pairs := interaction_table(e)) is not None:
-        console.print(pairs)
+    console.print(factor_table(e, console.width), Text("\n".join(_below(e, cheap=_cheap(e, console.width)))))
+    more: list[RenderableType] = [pairs] if (pairs := interaction_table(e)) is not None else []
     if every_layer and e.layers:
-        console.print(*layer_tables(e, console.width))
+        more += layer_tables(e, console.width)
+    if more:
+        console.print("", *more, sep="\n")
     for note in e.notes:
         console.print(f"note: {escape(note)}", soft_wrap=True, highlight=False)
 
@@ -70,12 +73,14 @@ def show(e: Explained, console: Console, *, every_layer: bool = False) -> None:
 def header(e: Explained) -> RenderableType:
     """The sentence, then what was compared."""
     env = e.environment
-    compared = f"{e.rows} rows of log-probabilities, {e.tokens} tokens" if e.rows else f"{e.tokens} rows"
+    compared = (
+        f"{_count(e.rows, 'row')} of log-probabilities, {_count(e.tokens, 'token')}" if e.rows else _count(e.tokens, "row")
+    )
     lines = [
         f"[bold]{escape(sentence(e))}[/]",
         f"A {escape(e.a)}, B {escape(e.b)}; {escape(e.where)}",
         *(f"{side}: {escape(_end(end))}" for side, end in zip("AB", e.ends, strict=False)),
-        f"{compared}; {e.evaluations} hybrids; {escape(env.gpu or env.cpu)}; torch {env.torch}; {e.seconds:.1f} s",
+        f"{compared}; {_count(e.evaluations, 'hybrid')}; {escape(env.gpu or env.cpu)}; torch {env.torch}; {e.seconds:.1f} s",
     ]
     return Panel(Text.from_markup("\n".join(lines)), title="qlab.kernels --explain", title_align="left", expand=False)
 
@@ -111,28 +116,25 @@ def factor_table(e: Explained, width: int = WIDE) -> Titled:
     """Each factor's share of every measure and, where there is room, the two cheap readings."""
     measures, main, found = _measures(e), headline(e), rows(e)
     t = Titled("Where the difference comes from" if main and main.total else "What was compared", gap=1)
-    t.column("factor", ratio=5)
+    intervals = any(r.interval for r in found)
+    shown = [i for i, m in enumerate(measures) if m.name != PROJECTION or not intervals or width >= WIDE]
+    figures = [[BROKEN[measures[i].name], *(r.shares[i] for r in found)] for i in shown]
+    figures += [["95%", *(r.interval for r in found)]] if intervals else []
+    cheap = [["alone", *(r.alone for r in found)], ["re-\nmoved", *(r.removed for r in found)]]
+    figures += cheap if _cheap(e, width) else []
+    room = width - sum(2 + max(len(line) for cell in column for line in cell.split("\n")) for column in figures)
+    t.column("factor", max_width=max(LONGEST, (room - 6) * 2 // 5))
     a, b = sides(e)
     for side, name in (("A", a), ("B", b)):
-        t.column(f"{side}: {escape(name)}" if side != name and len(name) <= FITS else side, ratio=4)
-    sampled = any(r.interval for r in found)
-    cheap = ["alone", "re-\nmoved"] if width >= WIDE else []
-    for name in (*(BROKEN[m.name] for m in measures), *["95%"] * sampled, *cheap):
+        head = f"{side}: {escape(name)}" if side != name and len(name) <= FITS else side
+        t.column(head, max_width=min((room - 6 - LONGEST) // 2, (room - 6) * 3 // 10))
+    for name, *_ in figures:
         t.column(name, justify="right", no_wrap=True)
-    for r in found:
+    for r, *cells in zip(found, *(cells for _, *cells in figures), strict=True):
         bold = "bold" if r.kind in ("union", "total") else ""
         label = Padding(Text(r.name, style=bold, overflow="fold"), (0, 0, 0, 2 if r.inside else 0))
-        cells = [Text(c, style=bold) for c in r.shares]
         style = "dim" if r.kind in ("same", "rounding") else ""
-        t.row(
-            label,
-            escape(r.a),
-            escape(_other(r)),
-            *cells,
-            *[r.interval] * sampled,
-            *[r.alone, r.removed][: len(cheap)],
-            style=style,
-        )
+        t.row(label, escape(r.a), escape(_other(r)), *(Text(c, style=bold) for c in cells), style=style)
     return t
 
 
@@ -150,7 +152,7 @@ def interaction_table(e: Explained) -> Titled | None:
     t.column("interaction", justify="right", no_wrap=True)
     t.column("the two")
     for i in pairs:
-        t.row(escape(f"{i.first}, {i.second}"), percent(i.value / m.total, 2), reading(m, i))
+        t.row(escape(f"{brief(i.first)}, {brief(i.second)}"), percent(i.value / m.total, 2), reading(m, i))
     return t
 
 
@@ -171,7 +173,7 @@ def layer_tables(e: Explained, width: int) -> Iterator[Titled | Text]:
             parts = [percent(x.values[name] / total) if x.values.get(name) and total else "0" for name in some]
             t.row(escape(short(x.layer)), str(x.M), number(x.relative_l2), positive_share(x.differing / x.elements), *parts)
         yield t
-        yield Text("\n".join(f"  ({i}) {name}" for i, name in enumerate(some, start + 1)) + "\n")
+        yield Text("\n".join(f"  ({i}) {brief(name)}" for i, name in enumerate(some, start + 1)) + "\n")
 
 
 def markdown(e: Explained) -> str:
@@ -183,7 +185,13 @@ def markdown(e: Explained) -> str:
     for r in rows(e):
         name = f"**{r.name}**" if r.kind in ("union", "total") else r.name
         body.append([_plain(cell) for cell in (name, r.a, _other(r), *r.shares, r.alone, r.removed)])
-    return f"{_plain(sentence(e))}\n\n{table(header, body)}\n\n{' '.join(_below(e))}"
+    return f"{_plain(sentence(e))}\n\n{table(header, body)}\n\n{' '.join(_below(e, cheap=True))}"
+
+
+def _cheap(e: Explained, width: int) -> bool:
+    """Whether there is room for the two cheap readings."""
+    m = headline(e)
+    return width >= WIDE + INTERVAL * (m is not None and any(p.low is not None for p in m.parts))
 
 
 def _other(r: Row) -> str:
@@ -223,20 +231,22 @@ def _left(cells: Sequence[str]) -> str:
     return f"{left:.2f}%" if left else "0"
 
 
-def _below(e: Explained) -> list[str]:
-    """The totals in their units, and what rounding the parts to floats leaves."""
+def _below(e: Explained, *, cheap: bool) -> list[str]:
+    """The totals in their units, and what rounding the parts to floats leaves; ``cheap``: the two cheap readings are shown."""
     totals = "; ".join(f"{small(m.total)} {UNIT[m.name]}" for m in _measures(e) if m.name in UNIT)
     residuals = ", ".join(f"{COLUMN[m.name]} {number(m.residual)}" for m in _measures(e))
     lines = [f"Total: {totals}."] if totals else []
     if residuals:
         lines.append(f"As fractions the parts add up exactly; rounded to floats they leave: {residuals}.")
     main = headline(e)
-    if main is not None and main.total:
+    if cheap and main is not None and main.total:
         of = f"in shares of the total ({COLUMN[main.name]})"
         lines.append(f"Alone: what a factor makes by itself; removed: what the total loses without it; {of}.")
-    same = [f.name for f in e.factors if f.same and f.category != PACKING]
+    same = [brief(f.name) for f in e.factors if f.same and f.category != PACKING]
     if same:
         lines.append(f"Equal on both sides, and so exactly 0: {', '.join(same)}.")
+    if main is not None and any(p.low is not None for p in main.parts) and not main.samples:
+        lines.append(f"95%: of the share of {COLUMN[main.name]}, over resampled {'prompts' if e.rows else 'calls'}.")
     if samples := max((m.samples for m in e.measures), default=0):
         lines.append(f"Orders of swaps were sampled: {samples} draws.")
     return lines
@@ -248,6 +258,10 @@ def _end(end: End) -> str:
     if end.differing_bits is None:
         return told
     return f"{told}; {end.differing_bits} bits differ from its hybrid's, in {end.compared:,} elements"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _plain(text: str) -> str:

@@ -56,7 +56,7 @@ def waterfall(e: Explained, path: Path) -> None:
         panels[0].set_yticks(range(len(labels)), labels, fontsize=8.5)
         panels[0].invert_yaxis()
         _legend(figure, factors)
-        sampled = "; lines: 95% intervals" if any(m.samples for m in measures) else ""
+        sampled = "; lines: 95% intervals" if any(p.low is not None for m in measures for p in m.parts) else ""
         figure.suptitle(f"From A, {e.a}, to B, {e.b}{sampled}", fontsize=10.5, parse_math=False)
 
     save(draw, path)

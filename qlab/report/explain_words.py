@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from qlab.attribution.result import LOGPROBS, OUTPUT, PACKING, Explained, Factor, Interaction, Measure, Share
 from qlab.report.terminal import short_kernel
@@ -12,7 +13,8 @@ SECOND = 0.1
 """Share of the total from which the second factor is named."""
 APART = 0.2
 """Share that two measures give to other factors, from which they are said to disagree."""
-OPPOSED = "pull in opposite directions"
+WEIGHTS = "weights"
+OPPOSED = "partly undo each other"
 OVERLAP = "overlap"
 TOGETHER = "go beyond their sum together"
 
@@ -30,15 +32,46 @@ def sentence(e: Explained) -> str:
         return f"{_equal(e)}; {_packing(e, m)}."
     if not m.parts:
         return f"{e.a} and {e.b} differ in {OF[m.name]}, but no factor between them differs; {_packing(e, m)}."
-    first, *rest = ranked(m)
-    named = [first, *(p for p in rest[:1] if abs(p.share) > SECOND)]
-    factors = [_factor(e, p.factor) for p in named]
-    answer = f"{_share(first, m)} of the difference in {OF[m.name]} comes from {_told(e, factors[0])}"
-    answer += "".join(f", {_share(p, m)} from {_told(e, f)}" for p, f in zip(named[1:], factors[1:], strict=True))
-    if all(f.category != PACKING for f in factors):
+    first, *rest = _causes(e, m)
+    named = [first, *(c for c in rest[:1] if abs(c.share) > SECOND)]
+    answer = f"{first.amount} of the difference in {OF[m.name]} comes from {first.text}"
+    answer += "".join(f", {c.amount} from {c.text}" for c in named[1:])
+    if not any(c.packing for c in named):
         answer += f"; {_packing(e, m)}"
     before = [f"{OF[LOGPROBS].capitalize()} are equal, bit for bit."] if m.name != LOGPROBS and e.measure(LOGPROBS) else []
     return " ".join([*before, f"{answer}.", *_opposed(e, m), *_disagree(e, m)])
+
+
+class Cause(NamedTuple):
+    """What the sentence can name: a factor, or a union whose factors undo each other."""
+
+    share: float
+    amount: str
+    text: str
+    packing: bool
+
+
+def _causes(e: Explained, m: Measure) -> list[Cause]:
+    """The largest first. Members that undo each other by more than half are told as one: each alone would mislead."""
+    unions: dict[str, list[Share]] = {}
+    for p in m.parts:
+        unions.setdefault(_factor(e, p.factor).union or p.factor, []).append(p)
+    found = []
+    for union, parts in unions.items():
+        whole = sum(p.share for p in parts)
+        if len(parts) > 1 and abs(whole) < 0.5 * max(abs(p.share) for p in parts):
+            found.append(Cause(whole, percent(whole), _together(e, union, parts), False))
+            continue
+        for p in parts:
+            f = _factor(e, p.factor)
+            found.append(Cause(p.share, _share(p, m), _told(e, f), f.category == PACKING))
+    return sorted(found, key=lambda c: -abs(c.share))
+
+
+def _together(e: Explained, union: str, parts: list[Share]) -> str:
+    """A union with its members' shares."""
+    members = ", ".join(f"{_factor(e, p.factor).a} to {_factor(e, p.factor).b}: {percent(p.share)}" for p in parts)
+    return f"{union.split(' (')[0]} as a whole ({members})"
 
 
 def ranked(m: Measure) -> list[Share]:
@@ -59,6 +92,11 @@ def sides(e: Explained) -> tuple[str, str]:
             return kernels[0].pop(), kernels[1].pop()
         return one, other
     return e.a, e.b
+
+
+def brief(name: str) -> str:
+    """A factor's name without what explains it: ``cut of K (split-K, stripes)`` is the cut of K."""
+    return " + ".join(part.split(" (")[0].split(", ")[0] for part in name.split(" + "))
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -88,7 +126,7 @@ def reading(m: Measure, i: Interaction) -> str:
 def _equal(e: Explained) -> str:
     equal = f"{e.a} and {e.b} are equal"
     equal += ", bit for bit" if not sum(x.differing for x in e.layers) else " but for the sign of zeros"
-    parts = [f.name for f in e.factors if not f.same]
+    parts = [brief(f.name) for f in e.factors if not f.same]
     return equal + (f", though they differ in {_listed(parts)}" if parts else "")
 
 
@@ -108,10 +146,11 @@ def _packing(e: Explained, m: Measure | None) -> str:
 def _told(e: Explained, f: Factor) -> str:
     """A factor with both sides' texts."""
     if not f.a and not f.b:
-        return f.name
-    a, b = sides(e)
+        return brief(f.name)
+    a, b = (e.a.partition("@")[0], e.b.partition("@")[0]) if WEIGHTS in (f.category, f.union) else sides(e)
     at = "on" if (a, b) == (e.a.partition("@")[2], e.b.partition("@")[2]) else "in"
-    return f"{f.name} ({f.a or 'none'} {at} {a}, {f.b or 'none'} {at} {b})"
+    apart = ";" if "," in f.a else ","
+    return f"{brief(f.name)} ({f.a or 'none'} {at} {a}{apart} {f.b or 'none'} {at} {b})"
 
 
 def _share(p: Share, m: Measure) -> str:
@@ -131,8 +170,9 @@ def _opposed(e: Explained, m: Measure) -> list[str]:
     if not found:
         return []
     of, i, what = min(found, key=lambda f: (f[2] != OPPOSED, f[0] is not m, f[1].value / abs(f[0].total)))
-    where = "" if of is m else f"In {OF[of.name]} "
-    return [f"{where}{i.first} and {i.second} {what}: interaction {percent(i.value / abs(of.total))} of the difference."]
+    two = f"{brief(i.first)} and {brief(i.second)}"
+    start = two[0].upper() + two[1:] if of is m else f"In {OF[of.name]} {two}"
+    return [f"{start} {what}: interaction {percent(i.value / abs(of.total))} of the difference."]
 
 
 def _pairs(m: Measure) -> list[tuple[Measure, Interaction, str]]:
@@ -152,7 +192,7 @@ def _disagree(e: Explained, m: Measure) -> list[str]:
     if apart <= APART or len(names) < 2:
         return []
     first = ranked(outputs)[0]
-    said = f"Of the difference in {OF[OUTPUT]} {percent(first.share)} comes from {first.factor}"
+    said = f"Of the difference in {OF[OUTPUT]} {percent(first.share)} comes from {brief(first.factor)}"
     ours = m.part(first.factor)
     said += f", of that in {OF[LOGPROBS]} {percent(ours.share)}" if ours else ""
     if _excess(m) > max(1.5, 1.2 * _excess(outputs)):

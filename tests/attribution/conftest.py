@@ -10,9 +10,9 @@ import pytest
 from qlab.attribution.requantize import Calibration
 from qlab.data import calibration_text
 from tests.kernels.test_damaged_file import FLIP
-from tests.tiny_llama import awq, gptq, parameters, tokenizer_files, unquantised, write_checkpoint
+from tests.tiny_llama import awq, changed, gptq, parameters, relative, tokenizer_files, unquantised, write_checkpoint
 
-__all__ = ["awq", "gptq", "parameters", "tokenizer_files", "unquantised", "write_checkpoint"]
+__all__ = ["awq", "changed", "gptq", "parameters", "relative", "tokenizer_files", "unquantised", "write_checkpoint"]
 
 
 @pytest.fixture(scope="session")

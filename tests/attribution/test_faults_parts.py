@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bench import planted_weights
 from qlab.attribution import cuts, rewrites
-from qlab.attribution.fault import Fault
+from qlab.attribution.fault import Fault, distinct
 from qlab.attribution.faults import EQUAL, NAMED, SCHEMA, UNNAMED, Named
 from qlab.attribution.faults_probe import multiplied, one_hot, one_hot_power, probes, slab
 from qlab.attribution.faults_recipe import variants
@@ -134,6 +134,10 @@ def test_a_shifted_group_is_a_weight_of_smaller_groups():
 
 
 A, B, C = Fault("codes: a"), Fault("scales: b", "here"), Fault("joins: c")
+
+
+def test_the_order_of_faults_says_nothing():
+    assert distinct([(A, B), (C,), (B, A), (A,), (C,)]) == ((A, B), (C,), (A,))
 
 
 def answer(verdict, faults=(), equals=()):

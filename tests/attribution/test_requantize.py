@@ -55,6 +55,7 @@ def test_the_second_time_nothing_is_quantised(unquantised, few, monkeypatch):
     heard = []
     first = requantize(unquantised, PLAIN, few, heard.append)
     assert len(heard) == 8
+    assert heard[0] == "round to nearest, symmetric, groups of 64: model.layers.0.qkv"
     monkeypatch.setattr(qlab.quantize.model, "quantize_model", lambda *_: pytest.fail("quantised again"))
     assert requantize(unquantised, PLAIN, few) == first == place(unquantised, PLAIN, few)
     record = json.loads((first / RECORD).read_text())

@@ -71,6 +71,11 @@ def test_impossible_settings_give_one_sentence():
         Between(AWQ, replace(GPTQ, dtype="bfloat16"))
 
 
+def test_in_words():
+    assert str(AWQ) == "AWQ, asymmetric, groups of 128, clipped"
+    assert str(replace(ORDERED, group_size=-1)) == "GPTQ, symmetric, whole columns, act-order"
+
+
 def test_options_are_the_quantizers():
     assert AWQ.options() == Options("awq", symmetric=False)
     assert ORDERED.options() == Options("gptq", 64, act_order=True, clip=False)

@@ -123,7 +123,7 @@ def test_weights_are_one_factor_with_the_reason(awq, gptq, unquantised, few):
     ):
         found = weight_factors(awq, gptq, calibration=few, **known)
         assert names(found) == ["weights"]
-        assert (found.factors[0].a_text, found.factors[0].b_text) == ("awq (awq)", "gptq (gptq)")
+        assert (found.factors[0].a_text, found.factors[0].b_text) == ("awq", "gptq")
         assert len(found.notes) == 1
         assert why in found.notes[0]
         assert [found.directory(0), found.directory(1)] == [awq, gptq]

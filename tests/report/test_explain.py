@@ -162,12 +162,12 @@ def test_factors_that_cancel_say_so(here):
     said = explain.sentence(e)
     assert "61.4% of the difference" in said
     assert "38.6% from F" in said
-    assert "F and L pull in opposite directions: interaction -200.0% of the difference." in said
-    assert reading(e.measures[0], e.measures[0].interactions[0]) == "pull in opposite directions"
-    assert "pull in opposite directions" in printed(e)
+    assert "F and L partly undo each other: interaction -200.0% of the difference." in said
+    assert reading(e.measures[0], e.measures[0].interactions[0]) == "partly undo each other"
+    assert "partly undo each other" in printed(e)
     hidden = split({"logprobs": lambda m: float(m > 0), "output": lambda m: v[m] * 1e-9}, (f, length))
     said = explain.sentence(replace(e, measures=hidden))
-    assert "In the layers' outputs F and L pull in opposite directions: interaction -200.0%" in said
+    assert "In the layers' outputs F and L partly undo each other: interaction -200.0%" in said
     overlapping = split({"logprobs": lambda m: float(m > 0)}, (f, length))
     assert "F and L overlap" in explain.sentence(replace(e, measures=overlapping))
     beyond = split({"logprobs": lambda m: float(m == 3)}, (f, length))
