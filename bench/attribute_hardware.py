@@ -21,7 +21,7 @@ from qlab.attribution.subject import Layer
 from qlab.engine.path import Path
 from qlab.environment import Environment, collect
 from qlab.inputs import random_activations, random_weight
-from qlab.serial import write_json
+from qlab.serial import read_json, write_json
 
 SCHEMA = "qlab.attributed_hardware/1"
 SHAPES = ((1, 4096, 4096), (16, 4096, 4096), (64, 4096, 4096), (1, 4096, 1024), (1, 14336, 4096), (48, 4096, 6144))
@@ -45,6 +45,11 @@ class Hardware:
     environment: Environment
     group_size: int
     found: tuple[Explained, ...]
+
+    @classmethod
+    def read(cls, path: File) -> Hardware:
+        """Raises QlabError naming the file when it is missing, damaged or of another schema."""
+        return read_json(cls, path, SCHEMA)
 
 
 def run(shapes: tuple[tuple[int, int, int], ...], pairs: tuple[tuple[str, str], ...], device: torch.device) -> Hardware:

@@ -295,12 +295,14 @@ def other_rows(p: Plan) -> tuple[Plan, Fault] | None:
     return _with("act-order: rows summed in order of groups", rows="sorted")(p)
 
 
+STRIPES = "stripes"
 FAMILIES: Mapping[str, Sequence[SchemePlant]] = {
     "F": (other_f(1, "one bit more"), other_f(-1, "one bit less"), other_f(-2, "two bits less")),
     "L": (other_l(0.5, "halved"), other_l(2, "doubled"), other_zero),
     "accumulator": (other_accumulator, multiply_adds),
     "order of k": (other_width, backwards, last_tiles_swapped),
-    "split-K": (more_pieces, fewer_pieces, one_piece, other_sms),
+    "split-K": (more_pieces, fewer_pieces, one_piece),
+    STRIPES: (other_sms,),
     "order of joins": (other_end, in_pairs, last_joins_swapped),
     "type of joins": (joins_in_half, pieces_rounded, total_rounded, not_rounded),
     "decoding": (other_decoding, other_scale, scale_before_dot),

@@ -1,7 +1,8 @@
 """Tables of attribution for README.md and docs/, each from a file under ``results/``.
 
-``<!-- why: FILE -->`` (what ``--explain`` wrote), ``<!-- hardware: FILE -->``, ``<!-- planted: FILE -->``,
-``<!-- map: FILE -->``, ``<!-- bias: FILE -->``, ``<!-- silicon: FILE -->`` and ``<!-- layers: FILE FILE,... -->``.
+``<!-- why: FILE -->`` (what ``--explain`` wrote), ``<!-- hardware: FILE -->``, ``<!-- planted: FILE -->`` (with ``summary``
+without the kinds), ``<!-- map: FILE -->``, ``<!-- bias: FILE -->``, ``<!-- silicon: FILE -->`` and ``<!-- layers: FILE
+FILE,... -->``.
 """
 
 from __future__ import annotations
@@ -52,14 +53,15 @@ def hardware(path: Path, _: str) -> str:
         body.append([shape, f"`{e.a}`", f"`{e.b}`", differing, f"{x.relative_l2:.2e}", *cells, percent(round(rest, 9))])
     header = ["M, K, N", "A", "B", "outputs that differ", "relative L2", *columns, "other parts of the kernel"]
     ends = sorted({end.origin for e in found.found for end in e.ends})
-    note = f"random weights, groups of {found.group_size}, at least 64 rows; ends: {' and '.join(ends)}"
+    note = f"random weights, groups of {found.group_size}, up to 64 rows in calls of M; ends: {' and '.join(ends)}"
     return _noted(table(header, body), f"{note}; {_machine(found.environment)}", path)
 
 
-def planted(path: Path, _: str) -> str:
-    """How many planted faults were named."""
+def planted(path: Path, what: str) -> str:
+    """How many planted faults were named: the ``summary`` alone, or every kind as well."""
     p = read_json(Planted, path, PLANTED)
-    return _noted(faults.markdown(p), f"seed {p.seed}; {p.seconds:.0f} s; {_machine(p.environment)}", path)
+    body = table(list(faults.SUMMARY), faults.summary_rows(p)) if what == "summary" else faults.markdown(p)
+    return _noted(body, f"seed {p.seed}; {p.seconds:.0f} s; {_machine(p.environment)}", path)
 
 
 def map_of(path: Path, _: str) -> str:

@@ -147,11 +147,12 @@ class Variants:
         return Variant(self.clean, ())
 
     def _rewritten(self, first: Variant) -> list[Variant]:
+        """``first`` with one change more, under each of its names."""
         found = []
-        kinds = {f.kind for f in first.faults}
         for fault, rewrite in self._changes:
-            if fault.kind not in kinds and (made := rewrite(first.recipe)) is not None and made.ordered:
-                found.append(Variant(made, (*first.faults, fault)))
+            names = [n for n in (first.faults, *first.also) if fault.kind not in {f.kind for f in n}]
+            if names and (made := rewrite(first.recipe)) is not None and made.ordered:
+                found += [Variant(made, (*name, fault)) for name in names]
         return found
 
     @cached_property

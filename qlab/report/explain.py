@@ -183,8 +183,8 @@ def markdown(e: Explained) -> str:
     header = ["factor", f"A: {a}", f"B: {b}", *columns, "alone", "removed"]
     body = []
     for r in rows(e):
-        name = f"**{r.name}**" if r.kind in ("union", "total") else r.name
-        body.append([_plain(cell) for cell in (name, r.a, _other(r), *r.shares, r.alone, r.removed)])
+        name, *cells = (_plain(cell) for cell in (r.name, r.a, _other(r), *r.shares, r.alone, r.removed))
+        body.append([f"**{name}**" if r.kind in ("union", "total") else name, *cells])
     return f"{_plain(sentence(e))}\n\n{table(header, body)}\n\n{' '.join(_below(e, cheap=True))}"
 
 
@@ -265,4 +265,5 @@ def _count(number: int, what: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Text that Markdown shows as it is."""
+    return text.replace("|", "\\|").replace("*", "\\*").replace("\n", " ")

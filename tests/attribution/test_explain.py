@@ -102,10 +102,28 @@ def test_between_two_checkpoints_the_weights_dominate(of_checkpoints):
     assert (weights.name, weights.category, weights.a, weights.b) == ("weights", "weights", "awq", "gptq")
     assert of_checkpoints.measure(OUTPUT).part("weights").share > 0.99
     assert of_checkpoints.measure(LOGPROBS).part("weights").share > 0.9
-    assert "comes from weights (awq in awq_gemm, gptq in gptq_gemm)" in sentence(of_checkpoints)
+    assert "comes from weights (awq in " in sentence(of_checkpoints)
     (note,) = of_checkpoints.notes
     assert note.startswith("the weights (relative L2 0.162, 65.7% of codes differ")
     assert note.endswith("quantising again was not asked for")
+
+
+def test_each_factor_alone_is_its_own_hybrid(of_checkpoints):
+    """B's weights under A's kernel, and each part of B's kernel over A's weights, replayed by themselves."""
+    a, b = "awq@h100", "gptq@h100"
+    subject, weights = model(a, b, prompts=((5, 600, 7),), forced=1)
+    found = Hybrids(subject, *paths(a, b), weights.full)
+    y = subject.outputs(0, found.choice(0, ()))
+    norms = [float(p.double().square().sum()) for p in y]
+    assert len(of_checkpoints.factors) > 1 + len(found.parts)
+    for part, state, chosen in (("weights", weights.full, ()), *((p.name, 0, (p,)) for p in found.parts)):
+        alone = of_checkpoints.measure(OUTPUT).part(part).alone
+        if state == 0 and not found.admissible(1 << found.parts.index(chosen[0])):
+            assert alone is None
+            continue
+        other = subject.outputs(state, found.choice(state, chosen))
+        apart = [float((q.double() - p.double()).square().sum()) for p, q in zip(y, other, strict=True)]
+        assert alone == pytest.approx(sum(d / n for d, n in zip(apart, norms, strict=True)), rel=1e-9), part
 
 
 @pytest.mark.parametrize("path", ["awq@a100", "gptq@h100"])
@@ -253,6 +271,28 @@ def test_sampled_orders_have_intervals_and_repeat(awq):
         assert m.samples == 4
         assert Fraction(m.total) - sum(Fraction(p.value) for p in m.parts) == Fraction(m.residual)
         assert all(p.low <= p.value <= p.high for p in m.parts)
+
+
+def test_intervals_are_over_prompts(awq):
+    """With three prompts each part has the spread of its share over resampled prompts; with one prompt there is none."""
+    prompts = ((5, 600, 7, 1900), (12, 40, 900, 3), (77, 31, 2000, 8))
+    subject, weights = model(A, B, awq, forced=1, prompts=prompts)
+    e = explained(subject, A, B, weights)
+    alone = []
+    for p in prompts:
+        one, same = model(A, B, awq, forced=1, prompts=(p,))
+        alone.append(explained(one, A, B, same))
+    of_one = [x.measure(LOGPROBS) for x in alone]
+    assert all(p.low is None and p.high is None for m in of_one for p in m.parts)
+    m = e.measure(LOGPROBS)
+    slack = 1e-12 * m.total
+    assert m.total == pytest.approx(sum(x.total for x in of_one), rel=1e-12)
+    for part in m.parts:
+        shares = [x.part(part.factor).share for x in of_one]
+        assert part.value == pytest.approx(sum(x.part(part.factor).value for x in of_one), rel=1e-9, abs=slack)
+        assert min(shares) * m.total - slack <= part.low <= part.value <= part.high <= max(shares) * m.total + slack
+    assert all(p.low <= p.value <= p.high for p in e.measure(OUTPUT).parts)
+    assert all(p.low is None for p in e.measure(PROJECTION).parts)
 
 
 def test_progress_reaches_its_end(awq):

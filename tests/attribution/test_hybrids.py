@@ -153,19 +153,18 @@ def test_a_bias_is_marlin_s_part_alone(relative):
     assert not [p for p in between(plain, "awq@a100", "awq_marlin@a100").parts if "bias" in p.attributes]
 
 
-def test_kernels_of_other_weights_are_taken_for_each_state():
-    """B's kernel for A's weight is what a hybrid of the recipes alone runs, whether or not it serves such a checkpoint."""
-    a, b = "awq@h100", "gptq@h100"
-    subject, weights = model(a, b)
-    found = between(subject, a, b, weights.full)
-    call = subject.calls[0]
-    states = [found.pair(s, call) for s in (0, weights.full)]
+@pytest.mark.parametrize(("b", "kernel"), [("gptq@h100", "vllm.gptq_gemm"), ("gptq_marlin@h100", "vllm.marlin.gptq")])
+def test_kernels_of_other_weights_are_taken_for_each_state(b, kernel):
+    """B's kernel for A's weight is what a hybrid of the recipes alone runs, though GPTQ's Marlin refuses AWQ's zero points."""
+    subject, weights = model("awq@h100", b)
+    found = between(subject, "awq@h100", b, weights.full)
+    states = [found.pair(s, subject.calls[0]) for s in (0, weights.full)]
     assert {p.symmetric for _, _, p in found.pairs} == {False, True}
     assert [p.symmetric for _, _, p in states] == [False, True]
     for one, other, problem in states:
         assert isinstance(one, Scheme)
         assert one == scheme_of("vllm.awq_gemm", problem, hardware.gpu("h100"), check=False)
-        assert other == scheme_of("vllm.gptq_gemm", problem, hardware.gpu("h100"), check=False)
+        assert other == scheme_of(kernel, problem, hardware.gpu("h100"), check=False)
 
 
 @pytest.mark.parametrize(

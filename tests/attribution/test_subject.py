@@ -33,8 +33,8 @@ def test_both_ends_are_the_paths_own_runs(a, b):
     found = ends(subject, a, b, weights.full)
     assert [(e.path, e.origin, e.differing_bits) for e in found] == [(a, "replay", 0), (b, "replay", 0)]
     outputs = sum(linear.N for linear in subject._engine(0).model.linears.values())
-    assert {e.compared for e in found} == {subject.tokens * outputs + subject.rows * 5}
-    assert (subject.tokens, subject.rows) == (5, 5)
+    assert {e.compared for e in found} == {subject.tokens * outputs + sum(subject.rows) * 5}
+    assert (subject.tokens, subject.rows) == (5, (5,))
     assert {c.M for c in subject.calls} == {4, 1}  # the prompt in one step, then a token by itself
 
 
@@ -68,7 +68,7 @@ def test_planted_a_changed_log_probability_shows(monkeypatch):
 @pytest.mark.parametrize(("a", "b"), [("awq@a100", "vllm.marlin.awq.fp16@h100"), ("vllm.awq_triton@h100", "awq@h100")])
 def test_a_layer_s_ends(a, b):
     subject = layer(a, b, m=2, rows=7)
-    assert [c.M for c in subject.calls] == [2, 2, 2, 1]
+    assert [(c.M, c.prompt) for c in subject.calls] == [(2, 0), (2, 1), (2, 2), (1, 3)]
     found = ends(subject, a, b)
     assert [(e.path, e.differing_bits, e.compared) for e in found] == [(a, 0, 7 * 256), (b, 0, 7 * 256)]
     wrong = Hybrids(subject, *paths(a, b), 0)
@@ -97,7 +97,8 @@ def test_prompts_are_prefilled_one_after_the_other_and_decoded_token_by_token(aw
     subject, _ = model("awq@a100", "awq@h100", awq, prompts=prompts, forced=3, top_k=7)
     of_one = [c.M for c in subject.calls if c.linear == "model.layers.1.mlp.down_proj"]
     assert of_one == [3, 1, 1, 3, 1, 1]
-    assert (subject.tokens, subject.rows) == (10, 10)
+    assert (subject.tokens, subject.rows) == (10, (5, 5))
+    assert [c.prompt for c in subject.calls if c.linear == "model.layers.1.mlp.down_proj"] == [0, 0, 0, 1, 1, 1]
     hybrids = Hybrids(subject, *paths("awq@a100", "awq@h100"), 0)
     assert subject.logprobs(0, hybrids.choice(0, ())).shape == (10, 7)
     whole, _ = model("awq@a100", "awq@h100", awq, top_k=0)

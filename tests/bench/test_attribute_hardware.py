@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from bench import attribute_hardware
-from bench.attribute_hardware import PAIRS, SCHEMA, SHAPES, Hardware, run
+from bench.attribute_hardware import PAIRS, SHAPES, Hardware, run
 from qlab.attribution.result import OUTPUT
 from qlab.engine.path import Path
 from qlab.replay import native
-from qlab.serial import read_json
 
 pytestmark = pytest.mark.skipif(bool(native.reason()), reason=native.reason() or "-")
 
@@ -57,4 +56,4 @@ def test_the_command_writes_a_file_that_reads_back(found, monkeypatch, tmp_path,
     monkeypatch.setattr(sys, "argv", ["attribute_hardware", "--json", str(tmp_path / "h.json"), "--shapes", "2"])
     attribute_hardware.main()
     assert asked[0][:2] == (SHAPES[:2], PAIRS)
-    assert read_json(Hardware, tmp_path / "h.json", SCHEMA) == found
+    assert Hardware.read(tmp_path / "h.json") == found

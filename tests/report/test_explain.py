@@ -16,7 +16,7 @@ from qlab.attribution.game import Game, attribute
 from qlab.attribution.result import SCHEMA, End, Explained, Factor, LayerMeasure, Measure, Share, measure
 from qlab.errors import QlabError
 from qlab.report import explain
-from qlab.report.explain_words import headline, percent, reading
+from qlab.report.explain_words import brief, headline, percent, reading
 from qlab.serial import write_json
 
 LAYERS = ("model.layers.0.self_attn.qkv_proj", "model.layers.11.mlp.gate_up_proj")
@@ -248,6 +248,58 @@ def test_nothing_is_cut(result, width):
         assert words.replace(" ", "") in flat
     assert "qkv_proj" not in printed(result, width)
     assert explain.sentence(result).replace(" ", "") in flat
+
+
+LONG = (
+    Factor(
+        "dequantisation rule + place of the scale + unit of multiplication",
+        "dequantisation",
+        "kernel (gptq_gemm or machete.gptq)",
+        "q-z, scale behind each dot, fp16 dot",
+        "RN((q-z)*s), scale in the weight, tensor core",
+    ),
+    Factor("tensor core: F, fraction bits", "tensor core", "", "F=24", "F=25"),
+    Factor(
+        "cut of K (split-K, stripes)", "order of summation", "kernel (gptq_gemm or machete.gptq)", "4 blocks of 128", "1 piece"
+    ),
+)
+
+
+@pytest.mark.parametrize("width", [80, 99, 100, 110, 160])
+@pytest.mark.parametrize("intervals", [False, True])
+def test_words_stay_whole_in_narrow_tables(here, width, intervals):
+    values = {name: additive(0.9, 0.5, -0.2, pairs=[(0, 1, -0.6)]) for name in ("logprobs", "output", "projection")}
+    e = explained(here, split(values, LONG, ((0, 2),), **({"samples": 20} if intervals else {})), LONG, notes=())
+    text = printed(e, width)
+    table = text.partition("Where the difference")[2].partition("Total:")[0]
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for f in LONG:
+        for word in f"{f.name} {f.a} {f.b} {f.union}".split():
+            assert word in table
+    assert ("projec-" in table) == (width >= 100 or not intervals)
+    assert ("alone" in table) == ("Alone:" in text) == (width >= (110 if intervals else 100))
+    assert ("95%" in table) == intervals
+    assert not text.endswith("\n\n\n")
+
+
+def test_names_are_brief_where_they_are_told_again(here):
+    assert [brief(f.name) for f in LONG] == [LONG[0].name, "tensor core: F", "cut of K"]
+    e = explained(
+        here, split({"logprobs": additive(0.1, 0.3, 1.0, pairs=[(0, 2, -0.6)])}, LONG), LONG, evaluations=1, rows=1, tokens=1
+    )
+    said = explain.sentence(e)
+    assert "comes from cut of K (4 blocks of 128 in awq_gemm, 1 piece in marlin.awq)" in said
+    assert "from tensor core: F (F=24 in awq_gemm, F=25 in marlin.awq)" in said
+    two = explained(here, split({"logprobs": additive(0.5, 0.1, 0.1)}, LONG), LONG)
+    assert "(q-z, scale behind each dot, fp16 dot in awq_gemm; RN((q-z)*s), scale in the weight" in explain.sentence(two)
+    (opens,) = re.findall(r"\. (\w)[^.]*: interaction", said)
+    assert opens.isupper()
+    text = printed(e, 160)
+    assert "1 row of log-probabilities, 1 token; 1 hybrid;" in text
+    pairs = text.partition("Interactions")[2]
+    assert "cut of K" in pairs
+    assert "stripes" not in pairs
 
 
 def test_only_the_largest_interactions_are_shown(here):
