@@ -85,7 +85,7 @@ def silicon(path: Path, _: str) -> str:
 def layer_shares(path: Path, others: str) -> str:
     """Runs of qlab.layers: what the swaps, nested or single, and the linear response say."""
     files = [path, *(ROOT / other for other in others.split(",") if other)]
-    body, note = [], ""
+    body, machines = [], list[str]()
     for file in files:
         r = LayersResult.read(file)
         largest = max(r.swaps, key=lambda s: abs(s.share))
@@ -94,10 +94,12 @@ def layer_shares(path: Path, others: str) -> str:
         local = max(x.local for x in r.linears)
         cells = [f"{local:.2e}", f"{r.total:.3g}", f"{layers.place(largest)}, {percent(largest.share / r.total)}"]
         gap = "-" if r.response_gap is None else percent(r.response_gap)
-        body.append([pair, ", ".join(dict.fromkeys(r.checkpoints)), *cells, singles, percent(r.response), gap])
-        note = _machine(r.environment)
-    header = ["A to B", "checkpoints", "largest local divergence", "squared L2 of log-probabilities", "largest nested share"]
-    return _noted(table([*header, "single swaps, sum", "linear response, sum", "off the nested shares by"], body), note, *files)
+        which = ", ".join(dict.fromkeys(c.partition(":")[0] for c in r.checkpoints))
+        body.append([pair, which, str(len(r.linears)), *cells, singles, percent(r.response), gap])
+        machines.append(_machine(r.environment))
+    header = ["A to B", "checkpoints", "linears", "largest local divergence", "squared L2 of log-probabilities"]
+    readings = ["largest nested share", "single swaps, sum", "linear response, sum", "off nested projections by"]
+    return _noted(table([*header, *readings], body), "; ".join(dict.fromkeys(machines)), *files)
 
 
 def _machine(e: Environment) -> str:

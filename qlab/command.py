@@ -31,6 +31,8 @@ def check_output(option: str, path: Path | None, suffixes: tuple[str, ...] = ())
         raise QlabError(f"{option} {path}: the folder {folder} does not exist; make it first")
     if path.is_dir():
         raise QlabError(f"{option} {path} is a folder; name a file")
+    if path.exists() and not path.is_file():  # a rename over /dev/null would put a file in the place of the device
+        raise QlabError(f"{option} {path} is a device or a pipe; name a file")
     if not os.access(folder, os.W_OK):
         raise QlabError(f"{option} {path}: the folder {folder} cannot be written; name another")
     if suffixes and path.suffix.lower() not in suffixes:

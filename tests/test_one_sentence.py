@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from qlab.command import one_sentence
-from qlab.errors import PackingError
+from qlab.command import check_output, one_sentence
+from qlab.errors import PackingError, QlabError
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,6 +29,16 @@ def test_a_mistake_is_a_sentence_and_a_bug_keeps_its_traceback(capsys: pytest.Ca
     assert capsys.readouterr() == ("", "qlab.some: column 3 holds 16; store it as GPTQ v1\n")
     with pytest.raises(ZeroDivisionError):
         command(ZeroDivisionError())
+
+
+def test_an_output_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    """Files are renamed into place, which would replace a pipe, or as root /dev/null, by a file."""
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", Path(os.devnull)):
+        with pytest.raises(QlabError, match=f"^--json {place} is a device or a pipe; name a file$"):
+            check_output("--json", place)
+    (tmp_path / "old.json").write_text("{}")
+    check_output("--json", tmp_path / "old.json")
 
 
 @pytest.mark.parametrize("command", ["qlab.report.markdown absent.json", "qlab.report.figures absent.json out.png"])

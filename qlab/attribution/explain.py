@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as File
 
 import numpy as np
@@ -17,7 +17,7 @@ from qlab.attribution.measures import LAYER, PROMPT, Measures, Results
 from qlab.attribution.parts import selected
 from qlab.attribution.result import MEASURES, PACKING, SCHEMA, Explained, Factor, LayerMeasure, measure
 from qlab.attribution.subject import Choice, Layer, Model
-from qlab.attribution.weights import WeightFactor, WeightFactors
+from qlab.attribution.weights import WeightFactors
 from qlab.engine.path import Path
 
 RESAMPLES = 2000
@@ -32,7 +32,7 @@ class OneWeight:
 
     home: File = File()
     """The checkpoint; a layer is in none."""
-    factors: tuple[WeightFactor, ...] = ()
+    factors: tuple[Factor, ...] = ()
     notes: tuple[str, ...] = ()
     full: int = 0
 
@@ -146,7 +146,7 @@ def _factors(weights: WeightFactors | OneWeight, hybrids: Hybrids) -> Iterator[F
     """Those that were swapped, in the game's order, then those that are equal on both sides."""
     together = "weights" if len(weights.factors) > 1 else ""
     for w in weights.factors:
-        yield Factor(w.name, w.category, together, w.a_text, w.b_text)
+        yield replace(w, union=together)
     names, members = hybrids.unions
     unions = {i: name for name, union in zip(names, members, strict=True) for i in union if len(union) > 1}
     for i, part in enumerate(hybrids.parts):

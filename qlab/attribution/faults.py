@@ -149,6 +149,8 @@ class _Search:
         self.calls += 1
         y = self.kernel(x.to(self.device))
         want = [self.recipe.M, self.recipe.N]
+        if not isinstance(y, Tensor):
+            raise QlabError(f"the kernel gave a {type(y).__name__}; it must give a tensor {want}")
         if list(y.shape) != want or y.dtype != x.dtype:
             raise QlabError(f"the kernel gave {y.dtype} {list(y.shape)}, and the recipe says {x.dtype} {want}")
         return y.detach().cpu().contiguous().view(torch.int16)

@@ -27,6 +27,7 @@ class Candidate:
 
     @cached_property
     def weight(self) -> Int4Weight:
+        """Built on first use."""
         return self.tables.weight()
 
 
@@ -105,6 +106,7 @@ class Hypothesis:
 
     @property
     def faults(self) -> tuple[Fault, ...]:
+        """Those of the weight, then those of the recipe."""
         return (*self.weight.faults, *self.variant.faults)
 
     @property

@@ -32,8 +32,9 @@ class Hybrids:
         self.subject, self.paths, self._full = subject, (a, b), full_state
         self._kernels: dict[tuple[str, int], tuple[str, str]] = {}
         self._problems: dict[tuple[int, str, int], Problem] = {}
+        self._calls = {(c.linear, c.M): c for c in subject.calls}
         found: dict[Pair, None] = {}
-        for call in {(c.linear, c.M): c for c in subject.calls}.values():
+        for call in self._calls.values():
             ends = [(0, a), (full_state, b)]
             self._kernels[call.linear, call.M] = tuple(p.kernel(self._problem(s, call)) for s, p in ends)  # type: ignore[assignment]
             for state in dict.fromkeys((0, full_state)):
@@ -54,11 +55,16 @@ class Hybrids:
     def unions(self) -> p.Unions:
         """Which of ``parts`` are swapped together."""
         a, b = self.paths
-        moved = [_scheme(kernels[0], self._problem(0, call), b.gpu, check=False) for call, kernels in self._all()]
         names = zip(*(kernels for _, kernels in self._all()), strict=True)
         first, second = ("/".join(sorted({n.removeprefix("vllm.") for n in side})) for side in names)
-        known = [m for m in moved if isinstance(m, Scheme)] if len(self.pairs) == len(moved) else []
-        return p.unions(self.parts, self.pairs, (first, second), (a.gpu, b.gpu), known)
+        return p.unions(self.parts, (first, second), (a.gpu, b.gpu), self._moved())
+
+    def _moved(self) -> Iterator[tuple[Scheme, Scheme]]:
+        """A's kernels on A's GPU and on B's, where both are modelled."""
+        for call, (kernel, _) in self._all():
+            there = _scheme(kernel, self._problem(0, call), self.paths[1].gpu, check=False)
+            if isinstance(there, Scheme):
+                yield self.pair(0, call)[0], there
 
     def texts(self, part: Part) -> tuple[str, str]:
         """What the part is in A's kernels and in B's, in words."""
@@ -77,10 +83,9 @@ class Hybrids:
 
     def choice(self, state: int, chosen: Sequence[Part]) -> Choice:
         """The recipes of the hybrid that takes ``chosen`` from B's kernel; one that cannot be built raises QlabError."""
-        calls = {(c.linear, c.M): c for c in self.subject.calls}
 
         def choose(linear: str, m: int) -> Recipe:
-            a, b, problem = self.pair(state, calls[linear, m])
+            a, b, problem = self.pair(state, self._calls[linear, m])
             return _assembled(mixed(a, b, chosen), problem)
 
         return choose
@@ -99,8 +104,8 @@ class Hybrids:
 
     def _all(self) -> Iterator[tuple[Call, tuple[str, str]]]:
         """A call of each linear for each number of tokens, with A's kernel and B's."""
-        for call in {(c.linear, c.M): c for c in self.subject.calls}.values():
-            yield call, self._kernels[call.linear, call.M]
+        for at, call in self._calls.items():
+            yield call, self._kernels[at]
 
     def _problem(self, state: int, call: Call) -> Problem:
         key = (state, call.linear, call.M)

@@ -27,12 +27,24 @@ def consumer(linear: str, *, own_values: bool) -> str:
     return ""
 
 
+def quotient(mine: Int4Weight, other: Int4Weight) -> Tensor | None:
+    """By what an input of ``mine`` becomes one of ``other``: a factor, float64 [K] on the CPU; None where they are the same."""
+    if mine is other or (mine.input_scale is None and other.input_scale is None):
+        return None
+    one, two = (torch.ones(w.K).double() if w.input_scale is None else w.input_scale.double().cpu() for w in (mine, other))
+    return one / two
+
+
+def divided(y: Tensor, quotient: Tensor) -> Tensor:
+    """y [..., N], its last columns divided by ``quotient``, which is as long as they are many."""
+    count = len(quotient)
+    return torch.cat((y[..., :-count], y[..., -count:] / quotient), -1)
+
+
 def moved_input(x: Tensor, mine: Int4Weight, other: Int4Weight) -> Tensor:
     """x [M, K] for ``mine`` as ``other`` takes it: in float64, rounded once to its dtype."""
-    if mine is other or (mine.input_scale is None and other.input_scale is None):
-        return x
-    wide = x.double() if mine.input_scale is None else x.double() * mine.input_scale.double().to(x.device)
-    return round_once(wide if other.input_scale is None else wide / other.input_scale.double().to(x.device), other.dtype)
+    q = quotient(mine, other)
+    return x if q is None else round_once(x.double() * q.to(x.device), other.dtype)
 
 
 def moved_output(y: Tensor, mine: Int4Weight, other: Int4Weight) -> Tensor:
@@ -40,8 +52,5 @@ def moved_output(y: Tensor, mine: Int4Weight, other: Int4Weight) -> Tensor:
 
     The two weights are those that take y's last columns as their input.
     """
-    if mine is other or (mine.input_scale is None and other.input_scale is None):
-        return y
-    one, two = (1.0 if w.input_scale is None else w.input_scale.double().to(y.device) for w in (mine, other))
-    wide = y.double()
-    return torch.cat((wide[:, : -mine.K], wide[:, -mine.K :] * two / one), 1)
+    q = quotient(mine, other)
+    return y if q is None else divided(y.double(), q.to(y.device))

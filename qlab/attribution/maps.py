@@ -17,13 +17,14 @@ from itertools import groupby, pairwise
 from typing import Any, Literal, get_args
 
 from qlab import hardware
+from qlab.attribution.forms import Summary, form
 from qlab.attribution.map_result import Function, Map, OnGpu, Point, Shape, Strip, ranges
 from qlab.backends import dispatch, registry
 from qlab.backends.registry import Problem
 from qlab.environment import Environment, collect
 from qlab.errors import QlabError, UnsupportedError
 from qlab.hardware import Gpu
-from qlab.recipe import Chain, Join, Node, Opaque, Recipe, Round, Unordered, key, nodes
+from qlab.recipe import Node, Recipe, key
 from qlab.recipes import DEFAULT, Build, recipe
 from qlab.recipes.build import type_name
 
@@ -111,26 +112,6 @@ _Row = tuple[_Part, ...]
 
 
 @dataclass(frozen=True)
-class _Sum:
-    """What is told of a tree, which itself is let go: a map may meet many thousands."""
-
-    form: str
-    chains: int
-    opaque: str
-    atomics: bool
-
-    @classmethod
-    def of(cls, tree: Node) -> _Sum:
-        below = list(nodes(tree))
-        return cls(
-            json.dumps(form(tree)),
-            sum(isinstance(n, Chain) and bool(n.walk) for n in below),
-            "; ".join(sorted({n.name for n in below if isinstance(n, Opaque)})),
-            any(isinstance(n, Unordered) and len(n.parts) > 2 for n in below),
-        )
-
-
-@dataclass(frozen=True)
 class _Call:
     """What one recipe says, or why there is none."""
 
@@ -159,7 +140,7 @@ class _Mapper:
     advance: Callable[[], None]
     functions: dict[str, Function] = field(default_factory=dict)
     """By their hashes."""
-    sums: dict[str, _Sum] = field(default_factory=dict)
+    sums: dict[str, Summary] = field(default_factory=dict)
     """By the digests of their trees."""
     structures: dict[frozenset[str], int] = field(default_factory=dict)
     """Sets of forms."""
@@ -174,6 +155,7 @@ class _Mapper:
             raise QlabError(f"{self.name!r}: dispatch {self.mode!r} is neither pinned nor vllm")
 
     def strip(self, values: Sequence[int], base: int) -> Strip:
+        """The kernel over ascending ``values``, compared with ``base``, which is one of them."""
         calls = {}
         for value in values:
             calls[value] = self._call(*self._at(value))
@@ -215,7 +197,7 @@ class _Mapper:
     def _digest(self, tree: Node) -> str:
         digest = _sha256(json.dumps(form(tree)) if self.axis == "K" else key(tree))
         if digest not in self.sums:
-            self.sums[digest] = _Sum.of(tree)
+            self.sums[digest] = Summary.of(tree)
         return digest
 
     def _recipe(self, p: Problem, gpu: Gpu) -> tuple[str, str, Recipe | None]:
@@ -307,15 +289,3 @@ def _changed(base: _Call, call: _Call) -> float:
         j += b[j].stop <= start
         differing += (end - start) * ((a[i].digest, a[i].output) != (b[j].digest, b[j].output))
     return differing / stop
-
-
-def form(node: Node) -> list[Any]:
-    """A tree without the lengths of its chains, as nested lists: what stays comparable where K changes."""
-    if isinstance(node, Chain):
-        return ["chain", str(node.step)] if node.walk else ["zero"]
-    if isinstance(node, Join):
-        first, second, *rest = map(form, node.parts)
-        return ["join", node.type, *sorted((first, second), key=json.dumps), *rest]
-    if isinstance(node, Unordered):
-        return ["unordered", node.type, node.scaled, *sorted(map(form, node.parts), key=json.dumps)]
-    return ["round", node.type, form(node.node)] if isinstance(node, Round) else ["opaque", node.name]

@@ -7,7 +7,7 @@ weights without scales, so that unit, dequantisation rule and place of the scale
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
@@ -25,13 +25,14 @@ Pair = tuple[Scheme, Scheme, Problem]
 
 @dataclass(frozen=True)
 class Part:
-    """What of a scheme moves together."""
+    """What of a scheme, or of a quantisation's settings, moves together."""
 
     name: str
     category: str
-    """group layout, dequantisation, tensor core, hardware, order of summation, rounding of partial sums or output rule."""
+    """weights, group layout, dequantisation, tensor core, hardware, order of summation, rounding of partial sums or output
+    rule."""
     attributes: tuple[str, ...]
-    """Fields of a Scheme."""
+    """Fields of a Scheme (or of qlab.attribution.settings.Settings)."""
 
 
 CANDIDATES = (
@@ -115,18 +116,17 @@ class Unions(NamedTuple):
 
 def unions(
     parts: Sequence[Part],
-    pairs: Sequence[Pair],
     kernels: tuple[str, str],
     gpus: tuple[str, str],
-    moved: Sequence[Scheme] = (),
+    moved: Iterable[tuple[Scheme, Scheme]] = (),
 ) -> Unions:
     """Parts below another kernel family, and below another tensor core, as unions; every other part is one of its own.
 
     ``kernels`` and ``gpus`` are A's and B's names. Where the kernels differ, whatever the GPU does not decide belongs to the
-    kernel. The GPU decides F, L and the number of SMs, and what differs in ``moved``: the schemes of A's kernels on B's GPU,
-    one for each pair (``scheme_of(..., check=False)``), say Marlin's fp16 accumulator on Turing.
+    kernel. The GPU decides F, L and the number of SMs, and what differs in ``moved``: schemes of A's kernels on A's GPU and on
+    B's (``scheme_of(..., check=False)``), say Marlin's fp16 accumulator on Turing.
     """
-    moves = {x for (a, _, _), m in zip(pairs, moved, strict=False) for p in CANDIDATES for x in p.attributes if _other(x, a, m)}
+    moves = {x for here, there in moved for p in CANDIDATES for x in p.attributes if _other(x, here, there)}
     of_gpu = (OF_THE_GPU | moves) if gpus[0] != gpus[1] else frozenset()
     names: dict[str, list[int]] = {}
     cores = [i for i, p in enumerate(parts) if p.attributes[0] in ("fraction_bits", "terms") and set(p.attributes) <= of_gpu]

@@ -55,10 +55,12 @@ class KindRow:
 
     @property
     def precision(self) -> float:
+        """Share of the answers that name the kind which are right; 1 where none does."""
         return self.right / self.named if self.named else 1.0
 
     @property
     def recall(self) -> float:
+        """Share of the cases that are named rightly; 1 of none."""
         return self.right / self.cases if self.cases else 1.0
 
 

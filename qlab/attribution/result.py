@@ -32,7 +32,7 @@ class Factor:
     """What it is on A's side, in words."""
     b: str
     same: bool = False
-    """Equal on both sides: it contributes exactly 0 and was not swapped."""
+    """Without a difference of its own that shows in a sum: it contributes exactly 0 and was not swapped."""
 
 
 @dataclass(frozen=True)

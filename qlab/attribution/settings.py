@@ -9,11 +9,12 @@ from __future__ import annotations
 import filecmp
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from qlab import checkpoint, data
+from qlab.attribution.parts import Part
 from qlab.errors import CheckpointError, QlabError
 from qlab.quantize.model import Options
 from qlab.weights import DTYPES
@@ -84,26 +85,19 @@ def refusal(fields: dict[str, Any]) -> str:
     return ""
 
 
-class Part(NamedTuple):
-    """What of the settings moves together."""
-
-    name: str
-    category: str
-    fields: tuple[str, ...]
-
-    def text(self, settings: Settings) -> str:
-        """What ``settings`` have of it, in words."""
-        if self.name == "algorithm":
-            damped = f", damping {settings.damping:g}" if settings.damping != DAMPING else ""
-            return ALGORITHMS[settings.algorithm] + damped
-        if self.name == "zero points":
-            return "8 everywhere" if settings.symmetric else "fitted to each group"
-        if self.name == "group size":
-            return "whole columns" if settings.group_size == -1 else f"{settings.group_size} rows"
-        if self.name == "act-order":
-            order = "by activation" if settings.act_order else "as they lie"
-            return f"rows {order}" + (", static groups" if settings.static_groups else "")
-        return "ranges searched" if settings.clip else "full ranges"
+def text(part: Part, settings: Settings) -> str:
+    """What settings have of a part, in words."""
+    if part.name == "algorithm":
+        damped = f", damping {settings.damping:g}" if settings.damping != DAMPING else ""
+        return ALGORITHMS[settings.algorithm] + damped
+    if part.name == "zero points":
+        return "8 everywhere" if settings.symmetric else "fitted to each group"
+    if part.name == "group size":
+        return "whole columns" if settings.group_size == -1 else f"{settings.group_size} rows"
+    if part.name == "act-order":
+        order = "by activation" if settings.act_order else "as they lie"
+        return f"rows {order}" + (", static groups" if settings.static_groups else "")
+    return "ranges searched" if settings.clip else "full ranges"
 
 
 PARTS = (
@@ -129,7 +123,7 @@ class Between:
     @property
     def parts(self) -> tuple[Part, ...]:
         """Those that differ, in the order of :data:`PARTS`."""
-        return tuple(p for p in PARTS if any(getattr(self.a, f) != getattr(self.b, f) for f in p.fields))
+        return tuple(p for p in PARTS if any(getattr(self.a, f) != getattr(self.b, f) for f in p.attributes))
 
     def admissible(self, mask: int) -> bool:
         """Whether a quantizer exists for the mixture."""
@@ -143,7 +137,7 @@ class Between:
         fields, other = asdict(self.a), asdict(self.b)
         for i, part in enumerate(self.parts):
             if mask >> i & 1:
-                fields |= {f: other[f] for f in part.fields}
+                fields |= {f: other[f] for f in part.attributes}
         return fields
 
 

@@ -58,6 +58,7 @@ class Call:
 
     @property
     def M(self) -> int:
+        """Rows of x."""
         return len(self.x)
 
 
@@ -187,10 +188,9 @@ class Model:
         """y [M, N] of every call, each on A's input and in A's units: AWQ's input scales differ between checkpoints."""
         model = self._engine(state).model
         mine, other = self._engine(0).model.linears, model.linears
-        config, found = model.blocks.config, []
-        own_values = config.num_attention_heads == config.num_key_value_heads
+        found = []
         for call in self.calls:
-            linear, behind = other[call.linear], consumer(call.linear, own_values=own_values)
+            linear, behind = other[call.linear], consumer(call.linear, own_values=model.blocks.own_values)
             linear.follow(partial(choice, call.linear))
             y = linear.run(moved_input(call.x, mine[call.linear].weight, linear.weight), self._request.seed)
             found.append(moved_output(y, mine[behind].weight, other[behind].weight) if behind else y)

@@ -17,31 +17,23 @@ from pathlib import Path
 
 from qlab import checkpoint, data
 from qlab.attribution.requantize import Calibration, Done, place, requantize
-from qlab.attribution.settings import Between, Settings, known
+from qlab.attribution.result import PACKING, Factor
+from qlab.attribution.settings import Between, Settings, known, text
 from qlab.attribution.storage import storage_fault
 from qlab.attribution.weight_difference import WeightsDifference, difference
 from qlab.checkpoint import Checkpoint
 from qlab.errors import CheckpointError, QlabError
+from qlab.lab.transformer import check_one_model
 
 STORED, AGAIN = "as stored", "quantised again here"
-
-
-@dataclass(frozen=True)
-class WeightFactor:
-    """A part of the weights that can be taken from A's checkpoint or from B's."""
-
-    name: str
-    category: str
-    """``packing``, ``group layout`` or ``weights``."""
-    a_text: str
-    b_text: str
 
 
 @dataclass(frozen=True)
 class WeightFactors:
     """The factors; bit i of a mask takes ``factors[i]`` from B."""
 
-    factors: tuple[WeightFactor, ...]
+    factors: tuple[Factor, ...]
+    """Of the categories ``packing``, ``group layout`` and ``weights``."""
     size: WeightsDifference
     """How far the two ends are apart."""
     notes: tuple[str, ...]
@@ -147,10 +139,11 @@ def weight_factors(
     ends = (directory_a, directory_b)
     a, b = (checkpoint.read(d) for d in ends)
     size = difference(a, b)
+    check_one_model(*ends)
     if size.served_alike:
         return WeightFactors((), size, _beside(size), ends)
     if faults := _storage(a, b, size):
-        return WeightFactors((WeightFactor("packing", "packing", "as in A", _listed(faults)),), size, (), ends)
+        return WeightFactors((Factor(PACKING, PACKING, "", "as in A", _listed(faults)),), size, (), ends)
     how = tuple(s or known(d) for s, d in zip(settings, ends, strict=True))
     if original is None and all(known(d) for d in ends):
         original = data.model_directory("fp16")
@@ -162,8 +155,8 @@ def weight_factors(
             raise
         except QlabError as e:
             why = str(e)
-    texts = (_named(d, c) for d, c in zip(ends, (a, b), strict=True))
-    return WeightFactors((WeightFactor("weights", "weights", *texts),), size, (_together(size, why),), ends)
+    one, other = (_named(d, c) for d, c in zip(ends, (a, b), strict=True))
+    return WeightFactors((Factor("weights", "weights", "", one, other),), size, (_together(size, why),), ends)
 
 
 def _by_settings(
@@ -182,11 +175,11 @@ def _by_settings(
         if not found.served_alike:
             notes.append(f"{side}'s checkpoint is not what its settings give on this machine ({found}): that step is a factor")
         notes.extend(f"{side} quantised again: {note}" for note in _beside(found))
-    factors = [WeightFactor(p.name, p.category, p.text(between.a), p.text(between.b)) for p in between.parts]
+    factors = [Factor(p.name, p.category, "", text(p, between.a), text(p, between.b)) for p in between.parts]
     if moved[0]:
-        factors.insert(0, WeightFactor("quantising A again", "weights", STORED, AGAIN))
+        factors.insert(0, Factor("quantising A again", "weights", "", STORED, AGAIN))
     if moved[1]:
-        factors.append(WeightFactor("quantising B again", "weights", AGAIN, STORED))
+        factors.append(Factor("quantising B again", "weights", "", AGAIN, STORED))
     hybrids = _Hybrids(between, moved[0], moved[1], original, calibration, done)
     return WeightFactors(tuple(factors), size, tuple(notes), ends, hybrids)
 

@@ -75,6 +75,11 @@ class Blocks:
         window = getattr(self.config, "sliding_window", None)
         return most if window is None else min(most, int(window))
 
+    @property
+    def own_values(self) -> bool:
+        """Whether every query head has a value head of its own, so that o's input is v's output, channel by channel."""
+        return bool(self.config.num_attention_heads == self.config.num_key_value_heads)
+
     def block(self, index: int, path: Path, native: bool | None, call: Call, like: Block | None = None) -> Block:
         """Decoder layer ``index`` with its linears on ``path``, which run through ``call``.
 

@@ -112,6 +112,8 @@ class _Asked:
             refuse(self.given, ("requantize", "original"), "tells two checkpoints apart; both paths serve the same one")
         elif not t["requantize"]:
             refuse(self.given, ("original",), "is what --requantize starts from; add that")
+        elif t["original"] is not None and not t["original"].is_dir():
+            raise QlabError(f"--original {t['original']} is not a directory; name the unquantised model's")
         models = [identify(d) for d in ((one,) if same else (one, other))]
         if len({m.vocabulary for m in models}) > 1:
             raise QlabError(f"--model {one.name} and --model-b {other.name} have different vocabularies: they are two models")
@@ -140,6 +142,8 @@ class _Asked:
     def _prompts(self, directory: Path) -> list[list[int]]:
         """``--tokens`` ids that are prefilled, ``--decode`` that are fed one by one, and one that is only predicted."""
         from qlab import data
+        from qlab.lab.transformer import read_config
+        from qlab.layers.run import check_tokens
         from qlab.quantize.llama import tokenizer
         from qlab.quantize.text import read_text, token_rows
 
@@ -147,11 +151,10 @@ class _Asked:
         prefilled = TOKENS if t["tokens"] is None else t["tokens"]
         if prefilled < 1:
             raise QlabError(f"--tokens {prefilled} must be at least 1")
-        for path in (self.a, self.b):
-            if path.chunk and prefilled > path.chunk:
-                raise QlabError(
-                    f"--tokens {prefilled}: {path} leaves its INT4 kernel for cuBLAS above {path.chunk} tokens; name fewer"
-                )
+        check_tokens(prefilled, (self.a, self.b))
+        longest = int(read_config(directory).max_position_embeddings)
+        if prefilled + t["decode"] > longest:
+            raise QlabError(f"--tokens {prefilled} and --decode {t['decode']}: the model takes {longest} tokens; name fewer")
         text = data.heldout_text() if t["text"] is None else read_text(t["text"])
         length = prefilled + t["decode"] + 1
         count = t["prompts"] or PROMPTS

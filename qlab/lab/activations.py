@@ -42,6 +42,7 @@ def tokenize(directory: Path, text: str, tokens: int) -> Tensor:
     return ids[:tokens]
 
 
+@torch.no_grad()  # not as a with around the yield, which would turn gradients off for whoever reads from the generator
 def layer_inputs(directory: Path, dense: Dense, ids: Tensor) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """For each decoder layer its index and the inputs of its linears, float64 [tokens, K], keyed as in :data:`TAPS`."""
     config = read_config(directory)
@@ -49,27 +50,26 @@ def layer_inputs(directory: Path, dense: Dense, ids: Tensor) -> Iterator[tuple[i
     if window is not None and len(ids) > window:
         raise CheckpointError(f"{directory}: {len(ids)} tokens exceed the sliding window; give --tokens {window} or fewer")
     body = build(directory, config).model
-    with torch.no_grad():
-        embedding = need(dense("model.embed_tokens.weight"), directory, "model.embed_tokens.weight")
-        if int(ids.max()) >= len(embedding):
-            raise CheckpointError(
-                f"{directory}: the tokenizer gives token {int(ids.max())}, the embedding has {len(embedding)} rows; "
-                "the two belong to different models"
-            )
-        hidden = embedding[ids].double()[None]
-        positions = torch.arange(len(ids))[None]
-        cosine_sine = rotary(body, config, len(ids))
-        for index, layer in enumerate(body.layers):
-            load(layer, f"model.layers.{index}.", dense, directory)
-            widen_norms(layer)
-            seen: dict[str, Tensor] = {}
-            hooks = [layer.get_submodule(tap).register_forward_pre_hook(_keep(seen, name)) for name, tap in TAPS.items()]
-            out = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=cosine_sine)
-            hidden = out[0] if isinstance(out, tuple) else out
-            for h in hooks:
-                h.remove()
-            yield index, seen
-            layer.to(device="meta")
+    embedding = need(dense("model.embed_tokens.weight"), directory, "model.embed_tokens.weight")
+    if int(ids.max()) >= len(embedding):
+        raise CheckpointError(
+            f"{directory}: the tokenizer gives token {int(ids.max())}, the embedding has {len(embedding)} rows; "
+            "the two belong to different models"
+        )
+    hidden = embedding[ids].double()[None]
+    positions = torch.arange(len(ids))[None]
+    cosine_sine = rotary(body, config, len(ids))
+    for index, layer in enumerate(body.layers):
+        load(layer, f"model.layers.{index}.", dense, directory)
+        widen_norms(layer)
+        seen: dict[str, Tensor] = {}
+        hooks = [layer.get_submodule(tap).register_forward_pre_hook(_keep(seen, name)) for name, tap in TAPS.items()]
+        out = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=cosine_sine)
+        hidden = out[0] if isinstance(out, tuple) else out
+        for h in hooks:
+            h.remove()
+        yield index, seen
+        layer.to(device="meta")
 
 
 def _keep(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any], None]:

@@ -16,6 +16,23 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Architectures whose layers, run one by one, are known to add up to transformers' own forward pass. Relatives with the same
 module names scale embeddings, turn q and k otherwise or normalise by ``1 + weight``, and would quietly give another x."""
 
+ALIKE = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+)
+"""Fields of the configuration that two checkpoints of one model have in common: what is computed besides the tensors."""
+
 Dense = Callable[[str], Tensor | None]
 """Parameter by name, in any float dtype (quantised ones dequantised); None where the checkpoint has none."""
 
@@ -36,6 +53,19 @@ def read_config(directory: Path) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def check_one_model(a: Path, b: Path) -> None:
+    """Raise CheckpointError where the config.json of two directories make other models of equal tensors."""
+    if a.resolve() == b.resolve():
+        return
+    configs = read_config(a), read_config(b)
+    for name in ALIKE:
+        ours, theirs = (getattr(c, name, None) for c in configs)
+        if ours != theirs:
+            raise CheckpointError(
+                f"{a} and {b} are not checkpoints of one model: {name} is {ours} in one config.json and {theirs} in the other"
+            )
 
 
 def build(directory: Path, config: Any, attention: str = "sdpa") -> Any:

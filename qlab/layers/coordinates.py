@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlab.attribution.input_scales import consumer, divided, quotient
 from qlab.engine.blocks import Block
 from qlab.lab import activations
 from qlab.layers.pair import A, B, Pair
-from qlab.weights import Int4Weight
 
 QKV, OUT, GATE_UP, DOWN = TAPS = tuple(activations.TAPS)
 """A decoder layer's linears in the order of the network."""
@@ -44,11 +44,8 @@ class Coordinates:
 
     def leave(self, tap: str, y: Tensor) -> Tensor:
         """B's output [T, N] as A would have it: the columns that become a scaled input are the last ones."""
-        for consumer, (producer, _) in MADE_BY.items():
-            if tap == producer and consumer in self.quotients:
-                q = self.quotients[consumer]
-                y = torch.cat((y[..., : -len(q)], y[..., -len(q) :] / q), -1)
-        return y
+        q = self.quotients.get(consumer(tap, own_values=True))
+        return y if q is None else divided(y, q)
 
 
 def known(pair: Pair) -> bool:
@@ -66,18 +63,11 @@ def coordinates(pair: Pair, blocks: tuple[Block, Block]) -> Coordinates:
     found: dict[str, Tensor] = {}
     if pair.one_checkpoint:
         return Coordinates(found)
-    config = pair.a.blocks.config
-    own_values = config.num_attention_heads == config.num_key_value_heads
-    for tap in (OUT, DOWN) if own_values else (DOWN,):
-        q = _kept(*(b.linears[tap].weight for b in blocks)) if known(pair) else _estimated(tap, blocks)
-        if bool((q != 1).any()):
+    for tap in (OUT, DOWN) if pair.a.blocks.own_values else (DOWN,):
+        q = quotient(*(b.linears[tap].weight for b in blocks)) if known(pair) else _estimated(tap, blocks)
+        if q is not None and bool((q != 1).any()):
             found[tap] = q.to(pair.device)
     return Coordinates(found)
-
-
-def _kept(a: Int4Weight, b: Int4Weight) -> Tensor:
-    scales = [torch.ones(w.K).double() if w.input_scale is None else w.input_scale.double().cpu() for w in (a, b)]
-    return scales[A] / scales[B]
 
 
 def _estimated(tap: str, blocks: tuple[Block, Block]) -> Tensor:

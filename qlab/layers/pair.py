@@ -11,13 +11,12 @@ from qlab import data
 from qlab.engine.blocks import Blocks
 from qlab.engine.builtin import check_family, runs_natively
 from qlab.engine.path import Path
-from qlab.errors import CheckpointError, QlabError
+from qlab.errors import QlabError
 from qlab.lab.model_files import ModelFiles
+from qlab.lab.transformer import check_one_model
 from qlab.logprobs.maker import family
 
 A, B = 0, 1
-SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
-"""What two checkpoints of one model have in common."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +41,12 @@ class Pair:
 
     @property
     def sides(self) -> tuple[Side, Side]:
+        """A and B."""
         return self.a, self.b
 
     @property
     def one_checkpoint(self) -> bool:
+        """Whether both read the same directory."""
         return self.a.blocks is self.b.blocks
 
     @property
@@ -94,12 +95,5 @@ def open_pair(
         check_family(files, path)
         again = bool(made) and directory.resolve() == directory_a.resolve()
         made.append(Side(path, made[A].blocks if again else Blocks(files, device), wish))
-    configs = [side.blocks.config for side in made]
-    for name in SIZES:
-        values = [getattr(c, name, None) for c in configs]
-        if values[A] != values[B]:
-            raise CheckpointError(
-                f"{directory_a} and {directory_b} are not checkpoints of one model: {name} is {values[A]} in one config.json "
-                f"and {values[B]} in the other"
-            )
+    check_one_model(directory_a, directory_b)
     return Pair(made[A], made[B], device, dtype)

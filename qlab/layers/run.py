@@ -41,7 +41,7 @@ def check_tokens(count: int, paths: Sequence[Path]) -> None:
     for path in paths:
         if path.chunk and count > path.chunk:
             raise QlabError(
-                f"--tokens {count}: {path} leaves its INT4 kernel for more than {path.chunk} tokens of a step; name fewer"
+                f"--tokens {count}: {path} leaves its INT4 kernel for cuBLAS above {path.chunk} tokens of a step; name fewer"
             )
 
 

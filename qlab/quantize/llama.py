@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qlab.errors import QlabError
+from qlab.lab.transformer import first_line
 from qlab.quantize.fold import NORMS, PROJECTIONS, Unit
 from qlab.quantize.statistics import Statistics
 from qlab.weights import Int4Weight
@@ -65,8 +66,9 @@ def tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as e:
-        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        raise QlabError(f"cannot load the tokenizer in {directory}: {reason}") from None
+        raise QlabError(
+            f"cannot load the tokenizer in {directory}: {first_line(e)}; copy the model's tokenizer files there"
+        ) from None
 
 
 def check(model: nn.Module) -> None:

@@ -244,7 +244,7 @@ def _below(e: Explained, *, cheap: bool) -> list[str]:
         lines.append(f"Alone: what a factor makes by itself; removed: what the total loses without it; {of}.")
     same = [brief(f.name) for f in e.factors if f.same and f.category != PACKING]
     if same:
-        lines.append(f"Equal on both sides, and so exactly 0: {', '.join(same)}.")
+        lines.append(f"Making no difference of their own, and so exactly 0: {', '.join(same)}.")
     if main is not None and any(p.low is not None for p in main.parts) and not main.samples:
         lines.append(f"95%: of the share of {COLUMN[main.name]}, over resampled {'prompts' if e.rows else 'calls'}.")
     if samples := max((m.samples for m in e.measures), default=0):

@@ -50,18 +50,18 @@ def sentence(r: LayersResult) -> str:
 
 
 def caution(r: LayersResult) -> str:
-    """How far the other two readings are from the nested shares, and why."""
+    """How far the other two readings are from the nested ones, and why."""
     alone = "" if r.singles is None else f"Swapped one at a time they add up to {percent(r.singles)} of the total; "
     text = (
         f"{alone}the linear response explains {percent(r.response)} of the difference and lies {percent(r.response_gap)} off "
-        "the nested shares"
+        "the nested projections"
     )
     text = text[0].upper() + text[1:]
     if r.response_gap < 0.5:
         return f"{text}: the divergence is large against the roundings, so that the network is nearly linear in it."
     return (
         f"{text}: one flipped bit re-rolls every later rounding, so that a small divergence soon grows to its usual size "
-        "wherever it enters, and what enters later adds little."
+        "wherever it enters, and what enters later only moves it up and down."
     )
 
 
@@ -165,6 +165,7 @@ def heat_map(r: LayersResult, width: int) -> Text:
 
 
 def binned(values: Sequence[float], per: int) -> list[float]:
+    """The largest of every ``per`` values."""
     return [max(values[i : i + per]) for i in range(0, len(values), per)]
 
 
@@ -185,6 +186,7 @@ def level(v: float, ends: tuple[float, float]) -> int | None:
 
 
 def legend(ends: tuple[float, float]) -> str:
+    """What the levels between two values stand for."""
     low, high = ends
     step = (high / low) ** (1 / len(LEVELS))
     return f"{NONE} none, {LEVELS} from {number(low)} to {number(high)}, each step {step:.2f} times the last"
@@ -197,6 +199,7 @@ def ruler(tokens: int, per: int) -> str:
 
 
 def of(value: float, total: float) -> str:
+    """A share of the total; of nothing it is ``0``."""
     return percent(value / total) if total else "0"
 
 

@@ -104,6 +104,7 @@ def fixed(m: Map) -> str:
 
 
 def span(first: int, last: int) -> str:
+    """``5`` or ``5 to 8``."""
     return str(first) if first == last else f"{first} to {last}"
 
 
@@ -115,6 +116,7 @@ def spans(found: Sequence[Range], most: int = 4) -> str:
 
 
 def chains(f: Function) -> str:
+    """How many chains an output of the class is summed from."""
     return "-" if f.state == "opaque" else span(*f.chains)
 
 

@@ -128,6 +128,8 @@ def test_a_kernel_that_does_not_repeat_is_refused(clean, weight):
 
 
 def test_a_kernel_of_another_shape_or_dtype_is_refused(clean, weight):
+    with pytest.raises(QlabError, match=r"the kernel gave a tuple; it must give a tensor \[8, 64\]"):
+        name_faults(lambda x: (x, None), clean, weight)
     with pytest.raises(QlabError, match=r"gave torch.float32 \[8, 64\], and the recipe says torch.float16 \[8, 64\]"):
         name_faults(lambda x: x.float() @ weight.dequantize(torch.float32), clean, weight)
 

@@ -109,6 +109,15 @@ def test_parts_and_unions_in_words():
     assert second.endswith("cannot be read back here")
 
 
+def test_what_the_gpu_decides_is_told_in_a_model_of_many_layers_too():
+    """Marlin's accumulator is fp16 on a T4 because of the T4, whether one layer is compared or many alike."""
+    a, b = "awq_marlin@h100", "vllm.awq_triton@t4"
+    for subject in (layer(a, b), model(a, b)[0]):
+        found = between(subject, a, b)
+        names, members = found.unions
+        assert [found.parts[i].name for i in members[names.index("accumulator type")]] == ["accumulator type"]
+
+
 @pytest.mark.parametrize(
     ("texts", "said"),
     [

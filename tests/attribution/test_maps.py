@@ -12,13 +12,14 @@ import torch
 
 from qlab import environment
 from qlab.attribution import maps
+from qlab.attribution.forms import form
 from qlab.attribution.map_result import SCHEMA, Map, Strip
-from qlab.attribution.maps import form, map_recipes, parse_values
+from qlab.attribution.maps import map_recipes, parse_values
 from qlab.backends.registry import Problem
 from qlab.errors import QlabError
 from qlab.hardware import Gpu, gpu
 from qlab.inputs import random_activations, random_weight
-from qlab.recipe import chain
+from qlab.recipe import chain, nodes
 from qlab.recipes import recipe
 from qlab.replay import replay
 from qlab.replay.rows import at_rows
@@ -291,5 +292,5 @@ def test_refusals() -> None:
 
 def test_forms_of_nothing_and_of_chains() -> None:
     r = recipe("vllm.awq_gemm", problem(), H100)
-    step = next(n.step for n in maps.nodes(r.regions[0].tree) if hasattr(n, "step"))
+    step = next(n.step for n in nodes(r.regions[0].tree) if hasattr(n, "step"))
     assert form(chain(step, range(16))) == form(chain(step, range(64))) != form(chain(step, ()))

@@ -58,8 +58,8 @@ def names(found: Sequence[Part]) -> list[str]:
 
 def unions_of(a: Path, b: Path, given: Sequence[Problem] = ()) -> Unions:
     found = pairs(a, b, given)
-    moved = [scheme((a[0], b[1]), p) for *_, p in found]
-    return unions(parts(found), found, (a[0], b[0]), (a[1], b[1]), moved)
+    moved = [(here, scheme((a[0], b[1]), p)) for here, _, p in found]
+    return unions(parts(found), (a[0], b[0]), (a[1], b[1]), moved)
 
 
 def leads(bits: Sequence[int], start: int, fits: Callable[[int], bool]) -> bool:
@@ -303,7 +303,7 @@ def test_one_of_f_and_l_is_no_union_of_two() -> None:
         for a, b, p in pairs(("vllm.awq_gemm", "a100"), ("vllm.awq_gemm", "h100"))
     ]
     found = parts(layers)
-    assert unions(found, layers, ("x", "x"), ("a100", "h100")) == Unions((L,), ((0,),))
+    assert unions(found, ("x", "x"), ("a100", "h100")) == Unions((L,), ((0,),))
 
 
 # Words

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from qlab.attribution.settings import PARTS, SHIPPED, Between, Settings, declared, known
+from qlab.attribution.settings import PARTS, SHIPPED, Between, Settings, declared, known, text
 from qlab.data import model_directory
 from qlab.errors import QlabError
 from qlab.quantize.model import Options
@@ -24,7 +24,7 @@ def test_only_parts_that_differ_are_factors():
     assert names(Between(GPTQ, ORDERED)) == ("group size", "act-order")
     assert names(Between(AWQ, AWQ)) == ()
     assert names(Between(GPTQ, replace(GPTQ, damping=0.1))) == ("algorithm",)
-    assert {f for p in PARTS for f in p.fields} | {"dtype"} == set(Settings.__dataclass_fields__)
+    assert {f for p in PARTS for f in p.attributes} | {"dtype"} == set(Settings.__dataclass_fields__)
 
 
 def test_clipping_goes_before_awq_does_and_act_order_comes_after_gptq():
@@ -52,8 +52,8 @@ def test_a_mixture_has_each_part_from_its_side():
 def test_texts_differ_where_settings_do():
     for a, b in ((AWQ, ORDERED), (GPTQ, replace(ORDERED, group_size=-1, damping=0.1, static_groups=True))):
         for part in Between(a, b).parts:
-            assert part.text(a) != part.text(b)
-    assert [p.text(AWQ) for p in PARTS] == [
+            assert text(part, a) != text(part, b)
+    assert [text(p, AWQ) for p in PARTS] == [
         *("AWQ", "fitted to each group", "128 rows", "rows as they lie", "ranges searched"),
     ]
 

@@ -40,14 +40,24 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def relatives(awq, changed):
-    """Checkpoints of other models: one with more token ids, one with a decoder layer less."""
+    """Checkpoints of other models (more token ids, a decoder layer less, other positions), and one without a tokenizer."""
 
     def shorter(tensors):
         for name in [n for n in tensors if "layers.1." in n]:
             del tensors[name]
 
     wide = changed(awq, config=lambda c: c.update(vocab_size=4096))
-    return {"wide": wide, "short": changed(awq, shorter, lambda c: c.update(num_hidden_layers=1))}
+    mute = changed(awq)
+    for file in mute.glob("tokenizer*"):
+        file.unlink()
+    return {
+        "wide": wide,
+        "short": changed(awq, shorter, lambda c: c.update(num_hidden_layers=1)),
+        # equal tensors under another configuration
+        "turned": changed(awq, config=lambda c: c.update(rope_theta=500000.0)),
+        "cut": changed(awq, config=lambda c: c.update(num_hidden_layers=1)),
+        "mute": mute,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +240,18 @@ def test_decoded_tokens(awq, tmp_path, monkeypatch):
         ("awq awq_marlin --tokens 0", "--tokens 0 must be at least 1"),
         ("awq awq_marlin --tokens -3", "--tokens -3 must be at least 1"),
         ("awq awq_marlin --model {awq} --tokens 600", "--tokens 600: awq@h100 leaves its INT4 kernel"),
-        ("vllm.marlin.awq awq_marlin --model {awq} --tokens 600 --prompts 1", "the model takes 512; shorten it"),
+        (
+            "vllm.marlin.awq awq_marlin --model {awq} --tokens 600 --prompts 1",
+            "--tokens 600 and --decode 0: the model takes 512 tokens; name fewer",
+        ),
+        ("awq awq_marlin --model {awq} --tokens 3 --decode 510", "--tokens 3 and --decode 510: the model takes 512 tokens"),
+        ("awq awq --model {awq} --model-b {turned}", "are not checkpoints of one model: rope_parameters is "),
+        ("awq awq --model {awq} --model-b {cut}", "are not checkpoints of one model: num_hidden_layers is 2 in one"),
+        ("awq awq_marlin --model {mute}", "cannot load the tokenizer in {mute}: Couldn't instantiate"),
+        (
+            "awq gptq --model {awq} --model-b {gptq} --requantize --original {tmp}/none",
+            "--original {tmp}/none is not a directory",
+        ),
         ("awq gptq --model {awq}", "--model is a checkpoint for awq@h100; name the one that gptq@h100 serves with --model-b"),
         ("awq awq_marlin --model {gptq}", "a checkpoint of gptq, which vLLM does not run as awq; name one of awq"),
         ("awq gptq --model {awq} --model-b {awq}", "a checkpoint of awq, which vLLM does not run as gptq; name one of gptq"),

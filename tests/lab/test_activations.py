@@ -166,6 +166,19 @@ def test_no_usable_tokenizer(copied, content):
     assert "\n" not in str(e.value)
 
 
+def test_the_reader_keeps_its_gradients(unquantised):
+    """Between layers, and where two models are read in turn and neither to its end."""
+    ids = tokenize(unquantised, TEXT, 4)
+    one, other = (layer_inputs(unquantised, ModelFiles(unquantised).dense, ids) for _ in range(2))
+    for found in (one, other):
+        _, seen = next(found)
+        assert torch.is_grad_enabled()
+        assert not any(x.requires_grad for x in seen.values())
+    one.close()
+    other.close()
+    assert torch.is_grad_enabled()
+
+
 def test_a_short_text(unquantised):
     with pytest.raises(CheckpointError, match="the text has only 3 tokens; give a longer --text or --tokens 3"):
         tokenize(unquantised, "a b", 100)

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from qlab import data
+from qlab.attribution.result import LOGPROBS, OUTPUT
 from qlab.engine.attention import Placed
 from qlab.engine.builtin import Builtin
 from qlab.engine.path import Path
 from qlab.engine.run import Request
 from qlab.layers.walk import forward, swaps_of
+from tests.attribution.subjects import explained, model
 from tests.layers.conftest import CPU, IDS
 
 PATHS = ("awq@a100", "awq_marlin@h100")
@@ -91,3 +93,15 @@ class _Nothing:
 
     def leave(self, linear, x, y):
         pass
+
+
+@pytest.mark.parametrize("b", ["awq_marlin@h100", "gptq_marlin@a100"])
+def test_explain_finds_the_same_divergence(awq, gptq, found, b):
+    """Two programs on the same tokens: final log-probabilities, and each linear's outputs on A's inputs."""
+    other = awq if b.startswith("awq") else gptq
+    mine = found("awq@h100", b, awq, other, singles=False)
+    subject, weights = model("awq@h100", b, awq, other, prompts=((*IDS, 3),), forced=1)
+    theirs = explained(subject, "awq@h100", b, weights)
+    assert theirs.measure(LOGPROBS).total == pytest.approx(mine.total, rel=1e-3)
+    estimated = 1e-2 if other == gptq else 1e-9  # input scales are not kept beside these weights
+    assert theirs.measure(OUTPUT).total == pytest.approx(sum(x.local**2 for x in mine.linears), rel=estimated)

@@ -47,9 +47,12 @@ def test_everything_is_written(awq, tmp_path):
     [
         (
             ("--a", "gptq@a100", "--b", "gptq_marlin@a100", "--tokens", 51),
-            "--tokens 51: gptq@a100 leaves its INT4 kernel for more",
+            "--tokens 51: gptq@a100 leaves its INT4 kernel for cuBLAS above 50",
         ),
-        (("--a", "awq_marlin@a100", "--b", "awq@h100", "--tokens", 256), "awq@h100 leaves its INT4 kernel for more than 255"),
+        (
+            ("--a", "awq_marlin@a100", "--b", "awq@h100", "--tokens", 256),
+            "awq@h100 leaves its INT4 kernel for cuBLAS above 255",
+        ),
         (("--a", "awq", "--b", "awq@h100"), "'awq' is no method@gpu"),
         (("--a", "awq@a100", "--b", "nothing@h100"), "unknown method 'nothing'"),
         (("--a", "awq@a100", "--b", "awq@h100", "--by", "token"), "--by 'token' is neither linear nor layer"),
@@ -79,6 +82,10 @@ def test_bad_pairs_and_plans(awq, gptq, changed, opened):
     other = changed(awq, config=lambda c: c.update(num_hidden_layers=1))
     with pytest.raises(CheckpointError, match="are not checkpoints of one model: num_hidden_layers is 2 in one"):
         opened("awq@a100", "awq@h100", awq, other)
+    for changes in ({"rope_theta": 500000.0}, {"rms_norm_eps": 1e-3}):
+        turned = changed(awq, config=lambda c, changes=changes: c.update(changes))
+        with pytest.raises(CheckpointError, match="are not checkpoints of one model: r"):
+            opened("awq@a100", "awq@h100", awq, turned)
     pair = opened("awq@a100", "awq@h100", awq)
     for plan, said in (
         (Plan(()), "there is no token"),

@@ -95,7 +95,7 @@ def test_the_sentence_comes_first():
     )
     assert "20.7% at layer 1's o_proj; the other 5 add 27.6%." in text
     assert "Swapped one at a time they add up to 125% of the total; the linear response explains 90.0%" in text
-    assert "10.0% off the nested shares: the divergence is large" in text
+    assert "10.0% off the nested projections: the divergence is large" in text
     assert "one flipped bit re-rolls every later rounding" in printed(result(gap=1.0)).replace("\n", " ")
     assert "Swapped" not in layers.caution(replace(r, singles=None))
     less = tuple(replace(s, share=10.0 if i == 2 else -2.0 / 7) for i, s in enumerate(r.swaps))
