@@ -187,7 +187,8 @@ class _Search:
         if self.weights.of(clean, 0):
             return (*known.double, *known.compound)
         # One-hot rows show another weight than the clean one: a change of the recipe must be what they show.
-        return (*known.after([v for v in known.single if self._reading(v).key != clean.key]), *known.compound)
+        firsts = [v for v in known.single if v.striped or self._reading(v).key != clean.key]
+        return (*known.after(firsts), *known.compound)
 
     def _survives(self, h: Hypothesis) -> bool:
         self.tried += 1

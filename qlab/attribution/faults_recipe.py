@@ -41,6 +41,11 @@ class Variant:
     also: tuple[tuple[Fault, ...], ...] = ()
     """Other changes, of as many parts, that make the same recipe."""
 
+    @property
+    def striped(self) -> bool:
+        """Whether it is what another number of SMs makes, to which no rewrite leads: other changes come after it."""
+        return any(f.kind == OTHER_SMS for name in (self.faults, *self.also) for f in name)
+
     @cached_property
     def program(self) -> Program:
         """Compiled, and kept as long as the variant."""

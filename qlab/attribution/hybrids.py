@@ -15,7 +15,7 @@ from qlab.backends import registry
 from qlab.backends.registry import Problem
 from qlab.backends.vllm_marlin import Marlin
 from qlab.engine.path import Path
-from qlab.errors import UnsupportedError
+from qlab.errors import QlabError, UnsupportedError
 from qlab.recipe import Recipe
 from qlab.recipes import scheme_of
 from qlab.recipes.scheme import OPAQUE, Scheme, assemble
@@ -91,13 +91,18 @@ class Hybrids:
         return choose
 
     def packing(self) -> tuple[str, str]:
-        """What each side's storage gives back, in words; every linear's weight is packed and unpacked."""
+        """What each side's storage gives back, in words; every linear's weight is packed and unpacked.
+
+        Raises QlabError where that is another weight: hybrids multiply the weight, and not what such a storage holds.
+        """
         sides = []
         for side, state in ((0, 0), (1, self._full)):
             said: list[str] = []
             for call, kernels in self._all():
                 trip = packing_round_trip(kernels[side], self.subject.weight(state, call))
-                found = {True: "gives back every bit", False: trip.text, None: "cannot be read back here"}[trip.exact]
+                if trip.exact is False:
+                    raise QlabError(f"{call.linear}: {trip.kernel} does not multiply the weight that it was given: {trip.text}")
+                found = "gives back every bit" if trip.exact else "cannot be read back here"
                 said.append(found if trip.storage == "none" else f"{trip.storage} layout: {found}")
             sides.append(_listed(said))
         return sides[0], sides[1]

@@ -10,7 +10,7 @@ import torch
 from bench import planted_faults
 from bench.planted_faults import CLEAN, FEW
 from bench.planted_real import real_cases
-from qlab.attribution import faults, faults_recipe
+from qlab.attribution import faults, faults_recipe, rewrites
 from qlab.attribution.fault import Fault
 from qlab.attribution.faults import EQUAL, UNNAMED, name_faults
 from qlab.attribution.planted import EQUIVALENT, RIGHT
@@ -114,6 +114,16 @@ def test_the_same_kernel_on_another_gpu_is_told_by_its_tensor_core(clean, weight
     assert {f.kind for f in found.faults} == {"tensor core: F one bit less", "tensor core: L halved"}
     (other,) = [f for e in found.equals for f in e if f.kind == faults_recipe.OTHER_GPU]
     assert "a100" in other.place.split(" or ")
+
+
+def test_stripes_are_named_beside_a_change_of_what_one_hot_rows_show():
+    w = random_weight(640, 1536, 128, seed=1)
+    problem = Problem.of(w, 8)
+    said = recipe("vllm.marlin.awq", problem, gpu("h100"))
+    fused = rewrites.weights("fused", "rounded")(recipe("vllm.marlin.awq", problem, replace(gpu("h100"), sms=108)))
+    found = name_faults(prepare(fused, w).run, said, w)
+    kinds = [{f.kind for f in names} for names in (found.faults, *found.equals)]
+    assert {faults_recipe.OTHER_SMS, "weights: RN(q*s + RN(-s*z)), one fused multiply-add"} in kinds
 
 
 def test_a_kernel_that_does_not_repeat_is_refused(clean, weight):

@@ -133,14 +133,15 @@ def test_layers_are_listed_once(texts, said):
     assert module._listed(texts) == said
 
 
-def test_planted_a_packing_that_loses_a_code_is_told(monkeypatch):
+def test_planted_a_packing_that_loses_a_code_is_refused(monkeypatch):
     fault = RoundTrip("vllm.awq_gemm", "awq", exact=False, text="k=1, n=2 holds code 3 instead of 4")
     real = module.packing_round_trip
     monkeypatch.setattr(module, "packing_round_trip", lambda name, w: fault if name == "vllm.awq_gemm" else real(name, w))
-    assert between(layer(A, B), A, B).packing() == (
-        "awq layout: k=1, n=2 holds code 3 instead of 4",
-        "marlin layout: gives back every bit",
-    )
+    hybrids = between(layer(A, B), A, B)
+    with pytest.raises(QlabError, match=r"w: vllm.awq_gemm does not multiply the weight .* holds code 3 instead of 4"):
+        hybrids.packing()
+    monkeypatch.setattr(module, "packing_round_trip", real)
+    assert hybrids.packing() == ("awq layout: gives back every bit", "marlin layout: gives back every bit")
 
 
 def test_a_bias_is_marlin_s_part_alone(relative):
