@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qlab.attribution.result import Explained
     from qlab.engine.path import Path as EnginePath
 
-TOKENS, PROMPTS, GROUP = 48, 2, 128
+TOKENS, PROMPTS, GROUP = 48, 12, 128
 """Of a prompt, of prompts, and rows of a group, unless they are named. 48 tokens keep every label off cuBLAS."""
 ROWS = 64
 """Rows that ``--shape`` multiplies, in calls of M each: a single row's few differing outputs would say little."""
