@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as File
 
@@ -15,7 +15,7 @@ from qlab.attribution.game import Attribution, Game, attribute
 from qlab.attribution.hybrids import Hybrids
 from qlab.attribution.measures import LAYER, PROMPT, Measures, Results
 from qlab.attribution.parts import selected
-from qlab.attribution.result import MEASURES, PACKING, SCHEMA, Explained, Factor, LayerMeasure, measure
+from qlab.attribution.result import MEASURES, PACKING, SCHEMA, Explained, Factor, Interaction, LayerMeasure, Measure, Share
 from qlab.attribution.subject import Choice, Layer, Model
 from qlab.attribution.weights import WeightFactors
 from qlab.engine.path import Path
@@ -155,6 +155,29 @@ def _factors(weights: WeightFactors | OneWeight, hybrids: Hybrids) -> Iterator[F
         yield Factor("packing", PACKING, "", *hybrids.packing(), same=True)
     for part in hybrids.same:
         yield Factor(part.name, part.category, "", *hybrids.texts(part), same=True)
+
+
+def measure(
+    name: str, factors: Sequence[str], split: Attribution, intervals: Sequence[tuple[float, float]] | None = None
+) -> Measure:
+    """One value function's split, by the names of the game's factors; ``intervals`` of the parts where no order was drawn."""
+    total = float(split.total)
+    parts = []
+    for i, factor in enumerate(factors):
+        alone, removed = split.alone[i], split.removed[i]
+        interval = split.intervals[i] or (intervals[i] if intervals else None)
+        parts.append(
+            Share(
+                factor,
+                float(split.values[i]),
+                float(split.values[i] / split.total) if split.total else math.nan,
+                None if alone is None else float(alone),
+                None if removed is None else float(removed),
+                *(interval or (None, None)),
+            )
+        )
+    interactions = [Interaction(factors[i], factors[j], float(v)) for (i, j), v in split.interactions.items() if v is not None]
+    return Measure(name, total, tuple(parts), tuple(interactions), float(split.residual), split.samples)
 
 
 def _over_prompts(name: str, splits: Mapping[str, Attribution], seed: int) -> list[tuple[float, float]] | None:

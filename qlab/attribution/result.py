@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlab.attribution.game import Attribution
 from qlab.environment import Environment
 from qlab.errors import QlabError
 from qlab.serial import read_json
@@ -158,26 +155,3 @@ class Explained:
     def read(cls, path: Path) -> Explained:
         """Raises QlabError naming the file when it is missing, damaged or of another schema."""
         return read_json(cls, path, SCHEMA)
-
-
-def measure(
-    name: str, factors: Sequence[str], split: Attribution, intervals: Sequence[tuple[float, float]] | None = None
-) -> Measure:
-    """One value function's split, by the names of the game's factors; ``intervals`` of the parts where no order was drawn."""
-    total = float(split.total)
-    parts = []
-    for i, factor in enumerate(factors):
-        alone, removed = split.alone[i], split.removed[i]
-        interval = split.intervals[i] or (intervals[i] if intervals else None)
-        parts.append(
-            Share(
-                factor,
-                float(split.values[i]),
-                float(split.values[i] / split.total) if split.total else math.nan,
-                None if alone is None else float(alone),
-                None if removed is None else float(removed),
-                *(interval or (None, None)),
-            )
-        )
-    interactions = [Interaction(factors[i], factors[j], float(v)) for (i, j), v in split.interactions.items() if v is not None]
-    return Measure(name, total, tuple(parts), tuple(interactions), float(split.residual), split.samples)

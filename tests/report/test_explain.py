@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 
 from qlab import environment
+from qlab.attribution.explain import measure
 from qlab.attribution.game import Game, attribute
-from qlab.attribution.result import SCHEMA, End, Explained, Factor, LayerMeasure, Measure, Share, measure
+from qlab.attribution.result import SCHEMA, End, Explained, Factor, LayerMeasure, Measure, Share
 from qlab.errors import QlabError
 from qlab.report import explain
 from qlab.report.explain_words import brief, headline, percent, reading
