@@ -66,7 +66,7 @@ def main(
         int, typer.Option(help="log-probabilities compared per row; 0 for all", min=0, rich_help_panel=EXPLAIN)
     ] = 5,
     samples: Annotated[
-        int | None, typer.Option(help="draw so many orders of swapping, in place of all", min=2, rich_help_panel=EXPLAIN)
+        int | None, typer.Option(help="draw so many orders of swapping, in place of all", min=10, rich_help_panel=EXPLAIN)
     ] = None,
     requantize: Annotated[
         bool,

@@ -195,11 +195,11 @@ def test_a_layer(tmp_path):
 
 
 def test_bfloat16_and_samples(tmp_path):
-    options = ("--shape", "2,256,128", "--dtype", "bf16", "--samples", 3, "--json", tmp_path / "e.json")
+    options = ("--shape", "2,256,128", "--dtype", "bf16", "--samples", 10, "--json", tmp_path / "e.json")
     done = explain("awq_marlin@a100", "awq_marlin@h100:vllm", *options)
     assert done.exit_code == 0, done.output
-    assert {m.samples for m in Explained.read(tmp_path / "e.json").measures} == {3}
-    assert "3 draws" in done.stdout
+    assert {m.samples for m in Explained.read(tmp_path / "e.json").measures} == {10}
+    assert "10 draws" in done.stdout
 
 
 def test_decoded_tokens(awq, tmp_path, monkeypatch):
@@ -340,12 +340,12 @@ def test_options_of_a_model_are_refused_with_a_shape(option):
 
 @pytest.mark.parametrize("option", ["model_b", "prompts", "decode", "top_k", "samples", "requantize"])
 def test_options_of_explain_are_refused_without_it(option):
-    words = [f"--{option.replace('_', '-')}", *[v for v in ({**OF_A_MODEL, "samples": "3"}[option],) if v]]
+    words = [f"--{option.replace('_', '-')}", *[v for v in ({**OF_A_MODEL, "samples": "10"}[option],) if v]]
     assert refused(call("--shape", "4,128,64", *words)) == f"{words[0]} belongs to --explain A B"
 
 
 @pytest.mark.parametrize(
-    "arguments", [("awq",), ("awq", "gptq", "x"), ("awq", "awq", "--samples", "1"), ("awq", "awq", "--top-k", "-1")]
+    "arguments", [("awq",), ("awq", "gptq", "x"), ("awq", "awq", "--samples", "9"), ("awq", "awq", "--top-k", "-1")]
 )
 def test_values_of_a_wrong_kind_are_typers_to_refuse(arguments):
     result = explain(*arguments)
