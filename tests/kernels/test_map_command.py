@@ -108,7 +108,7 @@ OTHERS = {
     "prompts": "1",
     "decode": "1",
     "top_k": "3",
-    "samples": "3",
+    "samples": "10",
     "requantize": "",
 }
 
