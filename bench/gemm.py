@@ -32,13 +32,13 @@ from qlab import environment
 from qlab.backends import failure
 from qlab.backends.reference import oracle
 from qlab.backends.registry import YES, Kernel, Packed, Problem, Support, kernels
-from qlab.command import check_output, one_sentence
+from qlab.command import check_output, one_sentence, torch_dtype
 from qlab.compare import moments
 from qlab.environment import Environment
 from qlab.errors import QlabError, UnsupportedError
 from qlab.inputs import random_activations, random_weight
 from qlab.serial import write_json
-from qlab.weights import DTYPES, Int4Weight
+from qlab.weights import Int4Weight
 
 SCHEMA = "qlab.bench.gemm/1"
 GPU_SHAPES = tuple((m, k, n) for k, n in ((4096, 4096), (14336, 4096), (4096, 28672)) for m in (1, 16, 64, 256))
@@ -368,10 +368,9 @@ def _run(
         raise QlabError("PyTorch finds no CUDA GPU here; --device cpu times the kernels that run on a CPU")
     if device == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a Triton kernel is defined, which is on its first use
-    if dtype not in DTYPES:
-        raise QlabError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    kind = torch_dtype(dtype)
     check_output("--json", json)
-    settings: dict[str, Any] = {"group": group, "dtype": DTYPES[dtype], "symmetric": symmetric, "seconds": seconds}
+    settings: dict[str, Any] = {"group": group, "dtype": kind, "symmetric": symmetric, "seconds": seconds}
     if device == "cpu":
         settings |= {"total_bytes": 0, "min_copies": 2}  # no claim about memory there, and the interpreter is slow
     todo = Settings(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bench import step_bias_tables
 from bench.attribute_hardware import Hardware
+from bench.readme_logprobs import ROOT, noted
 from qlab.attribution.map_result import Map
 from qlab.attribution.planted import SCHEMA as PLANTED
 from qlab.attribution.planted import Planted
@@ -23,14 +24,12 @@ from qlab.report.explain_words import percent
 from qlab.report.markdown import table
 from qlab.serial import read_json
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def why(path: Path, _: str) -> str:
     """The factors of one explanation."""
     e = Explained.read(path)
     ends = "; ".join(f"{end.path}: {end.origin}" for end in e.ends)
-    return _noted(explain.markdown(e), f"{e.where}; {e.tokens} tokens; {ends}; {_machine(e.environment)}", path)
+    return noted(explain.markdown(e), f"{e.where}; {e.tokens} tokens; {ends}; {_machine(e.environment)}", path)
 
 
 def hardware(path: Path, _: str) -> str:
@@ -54,32 +53,32 @@ def hardware(path: Path, _: str) -> str:
     header = ["M, K, N", "A", "B", "outputs that differ", "relative L2", *columns, "other parts of the kernel"]
     ends = sorted({end.origin for e in found.found for end in e.ends})
     note = f"random weights, groups of {found.group_size}, up to 64 rows in calls of M; ends: {' and '.join(ends)}"
-    return _noted(table(header, body), f"{note}; {_machine(found.environment)}", path)
+    return noted(table(header, body), f"{note}; {_machine(found.environment)}", path)
 
 
 def planted(path: Path, what: str) -> str:
     """How many planted faults were named: the ``summary`` alone, or every kind as well."""
     p = read_json(Planted, path, PLANTED)
     body = table(list(faults.SUMMARY), faults.summary_rows(p)) if what == "summary" else faults.markdown(p)
-    return _noted(body, f"seed {p.seed}; {p.seconds:.0f} s; {_machine(p.environment)}", path)
+    return noted(body, f"seed {p.seed}; {p.seconds:.0f} s; {_machine(p.environment)}", path)
 
 
 def map_of(path: Path, _: str) -> str:
     """Ranges of one function along an axis."""
     m = Map.read(path)
-    return _noted(maps.markdown(m), f"{m.gpu}; read off the recipes; qlab {m.environment.qlab}", path)
+    return noted(maps.markdown(m), f"{m.gpu}; read off the recipes; qlab {m.environment.qlab}", path)
 
 
 def bias(path: Path, _: str) -> str:
     """The closed form of a step's loss, and pairs of steps, by replay."""
     r = read_json(step_bias_tables.Result, path, step_bias_tables.SCHEMA)
-    return _noted(step_bias_tables.markdown(r), f"K = {r.K}, groups of {r.group_size}; {_machine(r.environment)}", path)
+    return noted(step_bias_tables.markdown(r), f"K = {r.K}, groups of {r.group_size}; {_machine(r.environment)}", path)
 
 
 def silicon(path: Path, _: str) -> str:
     """Whole chains of two instructions on a GPU, against their replays."""
     r = read_json(step_bias_tables.Silicon, path, step_bias_tables.SILICON_SCHEMA)
-    return _noted(step_bias_tables.silicon_markdown(r), f"K = {r.K}; {_machine(r.environment)}", path)
+    return noted(step_bias_tables.silicon_markdown(r), f"K = {r.K}; {_machine(r.environment)}", path)
 
 
 def layer_shares(path: Path, others: str) -> str:
@@ -99,16 +98,11 @@ def layer_shares(path: Path, others: str) -> str:
         machines.append(_machine(r.environment))
     header = ["A to B", "checkpoints", "linears", "largest local divergence", "squared L2 of log-probabilities"]
     readings = ["largest nested share", "single swaps, sum", "linear response, sum", "off nested projections by"]
-    return _noted(table([*header, *readings], body), "; ".join(dict.fromkeys(machines)), *files)
+    return noted(table([*header, *readings], body), "; ".join(dict.fromkeys(machines)), *files)
 
 
 def _machine(e: Environment) -> str:
     return f"{e.gpu}, driver {e.driver}, torch {e.torch}" if e.gpu else f"{e.cpu}, torch {e.torch}"
-
-
-def _noted(body: str, note: str, *paths: Path) -> str:
-    files = ", ".join(f"`{path.relative_to(ROOT)}`" for path in paths)
-    return f"{body}\n\n<sub>{note}. From {files}.</sub>"
 
 
 KINDS: Mapping[str, Callable[[Path, str], str]] = {

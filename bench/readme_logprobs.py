@@ -41,14 +41,14 @@ def experiment(path: Path, what: str) -> str:
         found = r.matrix(gpu, mode)
         assert found is not None, f"{path} has no matrix {what}"
         body = logprob_markdown.matrix_table(found)
-    return _noted(body, logprob_markdown.caption(r), path)
+    return noted(body, logprob_markdown.caption(r), path)
 
 
 def cause(path: Path, _: str) -> str:
     """What differs between two GPUs, and the curve over attention's noise."""
     c = Causes.read(path)
     what = f"{c.methods[0]} against {c.methods[1]}, generated on {c.generator}, re-executed on {c.verifier}, both by replay"
-    return _noted(causes.markdown(c), f"{what}; {c.prompts} prompts, {c.tokens:,} rows; torch {c.environment.torch}", path)
+    return noted(causes.markdown(c), f"{what}; {c.prompts} prompts, {c.tokens:,} rows; torch {c.environment.torch}", path)
 
 
 def rows(path: Path, _: str) -> str:
@@ -61,7 +61,7 @@ def rows(path: Path, _: str) -> str:
             cells = [f"{r.differing / r.elements:.3%}", f"{r.passed} of {r.tried}", _count(r.needed), _count(r.needed_bound)]
             body.append([f"`{r.generator}`", f"`{r.candidate}`", *cells])
     header = ["generator", "candidate", "elements that differ", "rows that pass", "rows needed", "by the bound"]
-    return _noted(table(header, body), f"{p.source}, M = {most}; {p.dtype}; an error of {p.error:g}", path)
+    return noted(table(header, body), f"{p.source}, M = {most}; {p.dtype}; an error of {p.error:g}", path)
 
 
 def stand_in(path: Path, others: str) -> str:
@@ -78,7 +78,7 @@ def stand_in(path: Path, others: str) -> str:
                 body.append([r.gpus[1], pair, *cells])
         e = result["environment"]
         note = f"vLLM {e['packages'].get('vllm', '0.20.2')} on {e['gpu']}, driver {e['driver']}; {result['prompts']} prompts"
-    return _noted(table(["second engine", "pair", "Signal", "Noise", "SNR"], body), note, *files)
+    return noted(table(["second engine", "pair", "Signal", "Noise", "SNR"], body), note, *files)
 
 
 def explained(path: Path, others: str) -> str:
@@ -100,7 +100,7 @@ def explained(path: Path, others: str) -> str:
                         pair = f"`{g}` to `{r}`".replace("@h100", "")
                         body.append([_model(a), pair, small(x.value), small(y.value), f"{share:.0%}"])
     header = ["model", "pair", "vLLM", "linear layers alone", "share of the squared distance per row"]
-    return _noted(table(header, body), "on an H100, prefill", *files)
+    return noted(table(header, body), "on an H100, prefill", *files)
 
 
 def _rows(r: ExperimentResult) -> float:
@@ -116,7 +116,8 @@ def _count(v: float) -> str:
     return f"{v:,.0f}" if v < 1e9 else "none"
 
 
-def _noted(body: str, note: str, *paths: Path) -> str:
+def noted(body: str, note: str, *paths: Path) -> str:
+    """A table with its caption: what was measured where, and the files that it comes from."""
     files = ", ".join(f"`{path.relative_to(ROOT)}`" for path in paths)
     return f"{body}\n\n<sub>{note}. From {files}.</sub>"
 

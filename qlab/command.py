@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
@@ -15,6 +16,8 @@ from qlab.errors import QlabError
 
 if TYPE_CHECKING:
     import torch
+
+    from qlab.engine.run import Advance
 
 P = ParamSpec("P")
 MOST = 2**31
@@ -80,6 +83,47 @@ def torch_device(name: str | None) -> torch.device:
     if name == "cuda" and not available:
         raise QlabError("--device cuda: PyTorch finds no CUDA GPU here; leave the option out to run on the CPU")
     return torch.device(name)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of ``--dtype``. Raises QlabError naming the option."""
+    from qlab.weights import DTYPES
+
+    if name not in DTYPES:
+        raise QlabError(f"--dtype {name!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def recorded(options: Mapping[str, Any]) -> dict[str, str]:
+    """Options that were set, as text for a result's record: paths by their last part alone, several values in turn."""
+    out = {}
+    for name, v in options.items():
+        if v is not None and v is not False:
+            out[name] = v.name if isinstance(v, Path) else " ".join(v) if isinstance(v, list | tuple) else str(v)
+    return out
+
+
+@contextmanager
+def bar(what: str, total: int, unit: str = "tokens") -> Iterator[Advance]:
+    """A progress bar over tokens, or another unit, on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda count: progress.update(task, advance=count)
+
+
+def answer(result: Any, json: Path | None, show: Callable[[], None]) -> None:
+    """Write a result as JSON where a file is named, then show it: a full disk shall not cost the answer as well."""
+    from qlab.serial import write_json
+
+    try:
+        if json is not None:
+            write_json(json, result)
+    finally:
+        show()
 
 
 def one_sentence(name: str) -> Callable[[Callable[P, None]], Callable[P, None]]:

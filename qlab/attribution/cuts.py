@@ -3,7 +3,8 @@
 :func:`read` understands the trees of the kernels here: pieces of one chain or of several warps' chains, joined from the first
 to the last or back, as PyTorch's ``sum(0)`` does, or by atomics. What it read it writes again, and gives an answer only where
 that is the tree it was given. With the pieces at hand a kernel with other split-K, other joins or other roundings is a change
-of one field.
+of one field. It shares little with qlab/recipes/scheme.py on purpose: faults are planted by schemes (bench/planted_schemes.py),
+and what names them should not read them off the code that made them.
 """
 
 from __future__ import annotations

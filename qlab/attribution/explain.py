@@ -107,7 +107,6 @@ class _Runner:
 
     def __init__(self, subject: Layer | Model, hybrids: Hybrids, weights: WeightFactors | OneWeight) -> None:
         self._subject, self._hybrids, self._weights = subject, hybrids, weights
-        self._calls = {(c.linear, c.M): c for c in subject.calls}
         full = (1 << len(weights.factors) + len(hybrids.parts)) - 1
         a, b = self._results(0), self._results(full)
         self.measures = Measures(subject.calls, subject.rows, a, b)
@@ -135,7 +134,7 @@ class _Runner:
 
     def _key(self, mask: int) -> Hashable:
         choice = self.choice(mask)
-        return self._weights.directory(self._state(mask)), tuple(choice(*at).hash for at in self._calls)
+        return self._weights.directory(self._state(mask)), tuple(choice(*at).hash for at in self._hybrids.calls)
 
     def _results(self, mask: int) -> Results:
         state, choice = self._state(mask), self.choice(mask)

@@ -32,9 +32,10 @@ class Hybrids:
         self.subject, self.paths, self._full = subject, (a, b), full_state
         self._kernels: dict[tuple[str, int], tuple[str, str]] = {}
         self._problems: dict[tuple[int, str, int], Problem] = {}
-        self._calls = {(c.linear, c.M): c for c in subject.calls}
+        self.calls = {(c.linear, c.M): c for c in subject.calls}
+        """One call of each linear for each number of tokens."""
         found: dict[Pair, None] = {}
-        for call in self._calls.values():
+        for call in self.calls.values():
             ends = [(0, a), (full_state, b)]
             self._kernels[call.linear, call.M] = tuple(p.kernel(self._problem(s, call)) for s, p in ends)  # type: ignore[assignment]
             for state in dict.fromkeys((0, full_state)):
@@ -85,7 +86,7 @@ class Hybrids:
         """The recipes of the hybrid that takes ``chosen`` from B's kernel; one that cannot be built raises QlabError."""
 
         def choose(linear: str, m: int) -> Recipe:
-            a, b, problem = self.pair(state, self._calls[linear, m])
+            a, b, problem = self.pair(state, self.calls[linear, m])
             return _assembled(mixed(a, b, chosen), problem)
 
         return choose
@@ -109,7 +110,7 @@ class Hybrids:
 
     def _all(self) -> Iterator[tuple[Call, tuple[str, str]]]:
         """A call of each linear for each number of tokens, with A's kernel and B's."""
-        for at, call in self._calls.items():
+        for at, call in self.calls.items():
             yield call, self._kernels[at]
 
     def _problem(self, state: int, call: Call) -> Problem:

@@ -141,6 +141,8 @@ class Model:
         self._taps: frozenset[Tap] = frozenset()
         self._engines: dict[Directory, Builtin] = {}
         own = self._own(0)
+        if not own.native:  # its linears can follow a choice as well as run A's path
+            self._engines[own.directory] = own
         names = list(own.model.linears)
         self._taps = frozenset(Tap(name, s, i) for name in names for s, p in enumerate(fed) for i in range(len(p) + forced - 1))
         first = own.run(replace(self._request, taps=self._taps))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlab.command import named, one_sentence, refuse
+from qlab.command import answer, named, one_sentence, refuse
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 EXPLAIN = "Why two paths differ (--explain)"
@@ -111,7 +111,6 @@ def _run(typed: dict[str, Any], every_layer: bool) -> None:
     from qlab.lab import run
     from qlab.report import terminal
     from qlab.report.figures import heat_maps
-    from qlab.serial import write_json
 
     todo = work(Options(**{f.name: typed[f.name] for f in fields(Options)}))
     bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -122,11 +121,7 @@ def _run(typed: dict[str, Any], every_layer: bool) -> None:
             progress.update(task, advance=1, description=what)
 
         result = run.run(todo.plan, todo.layers, environment.collect(), advance)
-    try:
-        if typed["json"]:
-            write_json(typed["json"], result)
-    finally:  # a full disk shall not cost the answer as well
-        terminal.show(result, Console(), every_layer=every_layer)
+    answer(result, typed["json"], lambda: terminal.show(result, Console(), every_layer=every_layer))
     if typed["plot"]:
         heat_maps(result, typed["plot"])
 

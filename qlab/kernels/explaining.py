@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlab.command import FIGURES, check_output, parse_shape, refuse, torch_device
+from qlab.command import FIGURES, answer, check_output, parse_shape, recorded, refuse, torch_device, torch_dtype
 from qlab.errors import QlabError
 
 if TYPE_CHECKING:
@@ -31,31 +31,24 @@ def run(typed: Mapping[str, Any], given: Collection[str]) -> None:
     from rich.console import Console
 
     from qlab.report import explain as report
-    from qlab.serial import write_json
 
     refuse(given, OTHERS, "does not go with --explain A B; leave it out")
     check_output("--json", typed["json"])
     check_output("--plot", typed["plot"], FIGURES)
     result = _explained(typed, given)
-    try:
-        if typed["json"]:
-            write_json(typed["json"], result)
-    finally:  # a full disk shall not cost the answer as well
-        report.show(result, Console(), every_layer=typed["every_layer"])
+    answer(result, typed["json"], lambda: report.show(result, Console(), every_layer=typed["every_layer"]))
     if typed["plot"]:
         report.waterfall(result, typed["plot"])
 
 
 def _explained(typed: Mapping[str, Any], given: Collection[str]) -> Explained:
     from qlab.engine.path import Path as EnginePath
-    from qlab.weights import DTYPES
 
-    if typed["dtype"] not in DTYPES:
-        raise QlabError(f"--dtype {typed['dtype']!r} is not one of {', '.join(DTYPES)}")
+    dtype = torch_dtype(typed["dtype"])
     if all("@" in text for text in typed["explain"]):
         refuse(given, ("hw",), "is the GPU of a path that names none; both paths name theirs")
     a, b = (EnginePath.parse(text if "@" in text else f"{text}@{typed['hw']}") for text in typed["explain"])
-    asked = _Asked(typed, given, a, b, DTYPES[typed["dtype"]], torch_device(typed["device"]))
+    asked = _Asked(typed, given, a, b, dtype, torch_device(typed["device"]))
     return asked.on_layer() if typed["shape"] else asked.on_model()
 
 
@@ -166,10 +159,7 @@ class _Asked:
         return rows
 
     def _common(self) -> dict[str, Any]:
-        arguments = {n: v.name if isinstance(v, Path) else str(v) for n, v in self.typed.items() if n in self.given}
-        arguments["explain"] = " ".join(self.typed["explain"])
-        if self.typed["shape"]:
-            arguments["shape"] = self.typed["shape"][0]
+        arguments = recorded({name: v for name, v in self.typed.items() if name in self.given})
         return {"samples": self.typed["samples"], "seed": self.typed["seed"], "arguments": arguments}
 
 

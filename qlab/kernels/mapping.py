@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from qlab.command import FIGURES, check_output, parse_shape, refuse
+from qlab.command import FIGURES, answer, bar, check_output, parse_shape, recorded, refuse, torch_dtype
 from qlab.errors import QlabError
 
 DEFAULTS = {"M": "1:512", "N": "128:14336:128", "K": "128:14336:128", "sms": "1:160"}
@@ -29,28 +29,21 @@ def run(typed: Mapping[str, Any], given: Collection[str]) -> None:
     m, k, n = parse_shape(shape[0], group)
     # Heavy imports come after the options are read, so that --help answers at once.
     from rich.console import Console
-    from rich.progress import Progress
 
     from qlab import environment, hardware
     from qlab.attribution.maps import map_recipes, parse_values
     from qlab.backends.registry import Problem
     from qlab.report import maps as report
-    from qlab.serial import write_json
-    from qlab.weights import DTYPES
 
-    if typed["dtype"] not in DTYPES:
-        raise QlabError(f"--dtype {typed['dtype']!r} is not one of {', '.join(DTYPES)}")
+    dtype = torch_dtype(typed["dtype"])
     values = parse_values(typed["values"] or DEFAULTS[axis])
     names = [part.strip() for part in (typed["kernels"] or KERNELS).split(",")]
     symmetric = any("gptq" in name for name in names)
-    problem = Problem(m, k, n, k if group == -1 else group, DTYPES[typed["dtype"]], symmetric, act_order=False)
+    problem = Problem(m, k, n, k if group == -1 else group, dtype, symmetric, act_order=False)
     if not symmetric:
         problem = replace(problem, zero_min=1, zero_max=15)
-    arguments = {name: str(typed[name]) for name in USED if name in given and name not in ("json", "plot")}
-    if typed["shape"]:
-        arguments["shape"] = shape[0]
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("recipes", total=len(values) * len(names))
+    arguments = recorded({name: typed[name] for name in USED if name in given and name not in ("json", "plot")})
+    with bar("mapping", len(values) * len(names), "recipes") as advance:
         found = map_recipes(
             names,
             axis,
@@ -59,12 +52,8 @@ def run(typed: Mapping[str, Any], given: Collection[str]) -> None:
             hardware.gpu(typed["hw"]),
             environment=environment.collect(details=False),
             arguments=arguments,
-            advance=lambda: bar.update(task, advance=1),
+            advance=lambda: advance(1),
         )
-    try:
-        if typed["json"]:
-            write_json(typed["json"], found)
-    finally:  # a full disk shall not cost the answer as well
-        report.show(found, Console())
+    answer(found, typed["json"], lambda: report.show(found, Console()))
     if typed["plot"]:
         report.plot(found, typed["plot"])

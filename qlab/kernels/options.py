@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from qlab import data, hardware
 from qlab.backends.registry import Kernel
-from qlab.command import FIGURES, check_output, parse_shape, torch_device
+from qlab.command import FIGURES, check_output, parse_shape, recorded, torch_device, torch_dtype
 from qlab.errors import QlabError
 from qlab.lab import sources
 from qlab.lab.model_files import ModelFiles
@@ -53,12 +53,7 @@ class Options:
 
     def given(self) -> dict[str, str]:
         """Options that were set, for the record; paths by their last part alone."""
-        out = {}
-        for f in fields(self):
-            v = getattr(self, f.name)
-            if v is not None and v is not False:
-                out[f.name] = v.name if isinstance(v, Path) else " ".join(v) if isinstance(v, list) else str(v)
-        return out
+        return recorded({f.name: getattr(self, f.name) for f in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -85,8 +80,7 @@ def work(o: Options) -> Work:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is first imported, which is below
     if o.weights not in (SAME, "own"):
         raise QlabError(f"--weights {o.weights!r} is neither same nor own")
-    if o.dtype not in DTYPES:
-        raise QlabError(f"--dtype {o.dtype!r} is not one of {', '.join(DTYPES)}")
+    dtype = torch_dtype(o.dtype)
     if o.tokens is not None and o.tokens < 1:
         raise QlabError(f"--tokens {o.tokens} must be at least 1")
     check_output("--json", o.json)
@@ -100,7 +94,7 @@ def work(o: Options) -> Work:
         mode=o.weights,
         model=model,
         checkpoints=[ModelFiles(d).describe() for d in directories],
-        dtype=DTYPES[o.dtype],
+        dtype=dtype,
         seed=o.seed,
         runs=o.runs,
         probe=o.probe,

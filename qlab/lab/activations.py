@@ -26,16 +26,24 @@ TAPS: Mapping[str, str] = {
 """Linear layers as vLLM fuses them, and the module whose input is theirs."""
 
 
-def tokenize(directory: Path, text: str, tokens: int) -> Tensor:
-    """The first ``tokens`` token ids of ``text``: int64 [tokens]. Raises CheckpointError when the text is shorter."""
+def load_tokenizer(directory: Path) -> Any:
+    """The model's tokenizer. Raises CheckpointError where it has no usable one."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # a damaged file fails in the tokenizers library, whose errors have no type of their own
         raise CheckpointError(
             f"{directory}: no usable tokenizer ({first_line(e)}); copy the model's tokenizer files there"
         ) from None
+
+
+def tokenize(directory: Path, text: str, tokens: int, tokenizer: Any = None) -> Tensor:
+    """The first ``tokens`` token ids of ``text``: int64 [tokens], by the model's tokenizer, loaded unless it is given.
+
+    Raises CheckpointError when the text is shorter.
+    """
+    tokenizer = load_tokenizer(directory) if tokenizer is None else tokenizer
     ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens).input_ids[0]
     if len(ids) < tokens:
         raise CheckpointError(f"the text has only {len(ids)} tokens; give a longer --text or --tokens {len(ids)}")

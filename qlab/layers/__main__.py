@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 
-from qlab.command import FIGURES, check_output, one_sentence, torch_device
-from qlab.errors import QlabError
+from qlab.command import FIGURES, answer, bar, check_output, one_sentence, recorded, torch_device, torch_dtype
 from qlab.logprobs.commands import options as o
-from qlab.logprobs.commands import study
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -39,7 +37,7 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="write the heat map here (.png, .svg, .pdf)")] = None,
 ) -> None:
     """Where two paths part: local and inherited divergence of every linear, and its share of the log-probabilities'."""
-    arguments = study.typed(locals())
+    arguments = recorded(locals())
     check_output("--json", json)
     check_output("--plot", plot, FIGURES)
     kept = o.parse_top_k(top_k)
@@ -48,35 +46,28 @@ def main(
 
     from qlab import data
     from qlab.engine.path import Path as EnginePath
-    from qlab.lab.activations import tokenize
+    from qlab.lab.activations import load_tokenizer, tokenize
     from qlab.layers import run as layers
     from qlab.layers.pair import directories, open_pair
     from qlab.layers.walk import check_by
-    from qlab.quantize.llama import tokenizer
     from qlab.quantize.text import read_text
     from qlab.report import layer_figure
     from qlab.report import layers as report
-    from qlab.serial import write_json
-    from qlab.weights import DTYPES
 
     paths = [EnginePath.parse(path) for path in (a, b)]
     check_by(by)
     layers.check_tokens(tokens, paths)
-    if dtype not in DTYPES:
-        raise QlabError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    kind = torch_dtype(dtype)
     own, other = directories(paths[0], paths[1], model, model_b)
-    pair = open_pair(paths[0], paths[1], own, other, torch_device(device), dtype=DTYPES[dtype], native=native)
-    ids = tokenize(own, data.heldout_text() if text is None else read_text(text), tokens).tolist()
-    decode = tokenizer(own).decode
+    pair = open_pair(paths[0], paths[1], own, other, torch_device(device), dtype=kind, native=native)
+    said = data.heldout_text() if text is None else read_text(text)
+    tokenizer = load_tokenizer(own)
+    ids = tokenize(own, said, tokens, tokenizer).tolist()
     plan = layers.Plan(tuple(ids), by, singles, kept, seed)  # type: ignore[arg-type]
     layers.check(pair, plan)
-    with o.bar("layers", layers.steps(pair, plan), "runs of a decoder layer") as advance:
-        result = layers.run(pair, plan, words=[decode([t]) for t in ids], arguments=arguments, advance=advance)
-    try:
-        if json is not None:
-            write_json(json, result)
-    finally:  # a full disk shall not cost the answer as well
-        report.show(result, Console())
+    with bar("layers", layers.steps(pair, plan), "runs of a decoder layer") as advance:
+        result = layers.run(pair, plan, words=[tokenizer.decode([t]) for t in ids], arguments=arguments, advance=advance)
+    answer(result, json, lambda: report.show(result, Console()))
     if plot is not None:
         layer_figure.plot(result, plot)
 

@@ -17,9 +17,6 @@ from qlab.layers.response import responses
 from qlab.layers.result import SCHEMA, LayersResult
 from qlab.layers.walk import Advance, By, check_by, forward, swaps_of, work
 
-TOKENS = 48
-"""Of a text where no number is named: no label leaves its INT4 kernel."""
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -10,11 +10,11 @@ from pathlib import Path as Directory
 import torch
 
 from qlab import data
+from qlab.command import torch_dtype
 from qlab.engine.path import Path
 from qlab.engine.run import Engine
 from qlab.engine.schedule import Batching
 from qlab.errors import QlabError, UnsupportedError
-from qlab.weights import DTYPES
 
 ENGINES = ("builtin", "vllm")
 
@@ -33,8 +33,7 @@ class Choice:
         """Raises QlabError naming the option."""
         if self.engine not in ENGINES:
             raise QlabError(f"--engine {self.engine!r} is neither {' nor '.join(ENGINES)}")
-        if self.dtype not in DTYPES:
-            raise QlabError(f"--dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        torch_dtype(self.dtype)
 
     @contextmanager
     def running(self, batching: Batching) -> Iterator[Engine]:
@@ -51,7 +50,7 @@ class Choice:
 
         Raises UnsupportedError where it cannot run here.
         """
-        dtype = DTYPES[self.dtype]
+        dtype = torch_dtype(self.dtype)
         if self.engine == "builtin":
             from qlab.engine.builtin import Builtin
 

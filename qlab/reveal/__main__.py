@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlab.command import FIGURES, check_output, one_sentence, parse_shape
+from qlab.command import FIGURES, answer, check_output, one_sentence, parse_shape
 from qlab.errors import QlabError
 
 if TYPE_CHECKING:
@@ -47,15 +47,10 @@ def main(
     from qlab.reveal.run import reveal
     from qlab.reveal.subject import MATMUL, Asked
     from qlab.reveal.text import revealed_text
-    from qlab.serial import write_json
 
     size = k if group == -1 or kernel == MATMUL else group
     found = reveal(Asked(kernel, m, k, n, size, _dtype(dtype, kernel == MATMUL), row, column, hw, replay))
-    try:
-        if json is not None:
-            write_json(json, found)
-    finally:  # a full disk shall not cost the answer as well
-        print(revealed_text(found))
+    answer(found, json, lambda: print(revealed_text(found)))
     if plot is not None:
         draw(found, plot)
 

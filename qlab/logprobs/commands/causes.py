@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qlab.command import FIGURES, check_output, one_sentence
+from qlab.command import FIGURES, bar, check_output, one_sentence, recorded
 from qlab.errors import QlabError
 from qlab.logprobs.commands import options as o
 from qlab.logprobs.commands import study
@@ -40,7 +40,7 @@ def main(
     """Where hardware noise comes from: the linear layers' kernels, vLLM's dispatch, or the rest of the model."""
     check_output("--json", json)
     check_output("--plot", plot, FIGURES)
-    arguments = study.typed(locals())
+    arguments = recorded(locals())
     pair = study.names("--methods", methods)
     if len(pair) != 2:
         raise QlabError(f"--methods {methods}: name two methods, separated by a comma")
@@ -63,7 +63,7 @@ def main(
     given = study.given_prompts(prompts, maker.directory(paths[0]), tokens, count)
     plan = Plan((), given, new_tokens, top_k, Batching(chunk), seed=seed)
     started, store = time.perf_counter(), Store(study.runs_folder(out))
-    with maker, o.bar("causes", plan.fed * c.Study.cells(moved)) as advance:
+    with maker, bar("causes", plan.fed * c.Study.cells(moved)) as advance:
         work = c.Study(plan, (pair[0], pair[1]), generator.lower(), verifier.lower(), maker.bench, store, advance)
         settings = work.settings(moved)
     result = c.Causes(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qlab.command import check_output, one_sentence
+from qlab.command import answer, bar, check_output, one_sentence
 from qlab.errors import QlabError, UnsupportedError
 from qlab.logprobs.commands import options as o
 from qlab.logprobs.commands import study
@@ -49,7 +49,6 @@ def main(
     from qlab.logprobs.model import check_same
     from qlab.logprobs.record import fed, imposed
     from qlab.report import logprob_verdict as report
-    from qlab.serial import write_json
 
     named = [str(EnginePath.parse(text)) for text in study.names("--candidates", candidates)]
     paths = [EnginePath.parse(text) for text in study.names("--candidates", ",".join(named))]
@@ -61,7 +60,7 @@ def main(
     either = family([given.manifest.path])  # a kernel that runs any checkpoint runs the trace's
     maker = Maker({"awq": awq, "gptq": gptq}, "builtin", device, given.manifest.dtype, request.batching, either)
     store, found = Store(study.runs_folder(out)), {}
-    with maker, o.bar("re-executing", len(paths) * fed(request)) as advance:
+    with maker, bar("re-executing", len(paths) * fed(request)) as advance:
         for path in paths:
             bench = maker.bench(path)
             check_same(given.manifest.model, maker.model(path), any_model=any_model)
@@ -70,8 +69,4 @@ def main(
             except UnsupportedError as e:
                 raise QlabError(f"candidate {path} cannot be computed here ({e}); leave it out, or run on its GPU") from None
     verdict = detect(given.sequences, found, alpha=alpha, top_k=top_k or columns, decimals=decimals)
-    try:
-        if json is not None:
-            write_json(json, verdict)
-    finally:  # a full disk shall not cost the answer as well
-        Console().print(report.verdict(verdict))
+    answer(verdict, json, lambda: Console().print(report.verdict(verdict)))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qlab.command import FIGURES, check_output, one_sentence
+from qlab.command import FIGURES, bar, check_output, one_sentence, recorded
 from qlab.logprobs.commands import options as o
 from qlab.logprobs.commands import study
 
@@ -39,7 +39,7 @@ def main(
     """Every method on every GPU generates, and re-executes what every other generated: noise floor, matrices, SNR."""
     check_output("--json", json)
     check_output("--plot", plot, FIGURES)
-    arguments = study.typed(locals())
+    arguments = recorded(locals())
     gpus, labels = study.names("--hw", hw.lower()), study.names("--methods", methods)
     paths = [o.parse_path(m, g, dispatch) for g in gpus for m in labels]
     # Heavy imports come after the options are read, so that --help answers at once.
@@ -72,7 +72,7 @@ def main(
         others if batches and engine == "builtin" else {},
     )
     started, store = time.perf_counter(), Store(study.runs_folder(out))
-    with maker, o.bar("experiment", plan.tokens) as advance:
+    with maker, bar("experiment", plan.tokens) as advance:
         cells = compute(plan, maker.bench, store, advance)
     result = summarise(plan, cells, store, maker, arguments, time.perf_counter() - started)
     try:

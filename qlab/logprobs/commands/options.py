@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +11,6 @@ from qlab.errors import QlabError
 
 if TYPE_CHECKING:
     from qlab.engine.path import Path as EnginePath
-    from qlab.engine.run import Advance
     from qlab.logprobs.engines import Choice
     from qlab.logprobs.manifest import Model
 
@@ -58,15 +55,3 @@ def choose(path: EnginePath, model: Path | None, engine: str, device: str | None
 
     choice = Choice(model or default_directory(path), path, torch_device(device), engine, dtype)
     return choice, identify(choice.directory)
-
-
-@contextmanager
-def bar(what: str, tokens: int, unit: str = "tokens") -> Iterator[Advance]:
-    """A progress bar over tokens, or another unit, on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=tokens)
-        yield lambda count: progress.update(task, advance=count)

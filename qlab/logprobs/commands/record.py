@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qlab.command import check_output, one_sentence
+from qlab.command import bar, check_output, one_sentence
 from qlab.errors import QlabError
 from qlab.logprobs.commands import options as o
 
@@ -82,7 +82,7 @@ def main(
         digests=digests,
         seed=seed,
     )
-    with o.bar(f"recording {choice.path}", fed(request)) as advance, choice.running(request.batching) as ready:
+    with bar(f"recording {choice.path}", fed(request)) as advance, choice.running(request.batching) as ready:
         made = trace.write(record(ready, request, model=identity, advance=advance), out, overwrite=overwrite)
     summary = summarise(made)
     print_summary(summary, Console())

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qlab.command import check_output, one_sentence
+from qlab.command import bar, check_output, one_sentence
 from qlab.errors import QlabError
 from qlab.logprobs.commands import options as o
 
@@ -62,7 +62,7 @@ def main(
         raise QlabError(
             f"--chunk {batching.budget}: such steps cannot serve {batching.together} sequences at once; see --together"
         )
-    with o.bar(f"{mode} on {path}", fed(asked)) as advance, choice.running(batching) as ready:
+    with bar(f"{mode} on {path}", fed(asked)) as advance, choice.running(batching) as ready:
         made = re_execute(
             generated,
             ready,

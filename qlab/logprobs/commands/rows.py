@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlab.command import check_output, one_sentence, parse_shape
+from qlab.command import answer, bar, check_output, one_sentence, parse_shape, recorded, torch_dtype
 from qlab.errors import QlabError
 from qlab.logprobs.commands import options as o
 from qlab.logprobs.commands import study
@@ -78,7 +78,7 @@ def verify(
     directories = _directories(paths, awq, gptq)
     _check_models(given, directories, any_model)
     layers, console = Checkpoints(directories, dtype), Console()
-    with o.bar("replaying", len(recorded) * len(paths), "rows") as advance:
+    with bar("replaying", len(recorded) * len(paths), "rows") as advance:
         found = verify_by_replay(recorded, layers, paths, device=where, advance=advance)
     counted = rule = None
     report.show_replayed(found, console)
@@ -112,7 +112,7 @@ def rates(
 ) -> None:
     """How often two paths write other bits, and how many rows therefore tell them apart."""
     check_output("--json", json)
-    arguments = study.typed(locals())
+    arguments = recorded(locals())
     paths = [o.parse_path(method, g, dispatch) for g in study.names("--hw", hw) for method in study.names("--methods", methods)]
     calls = [_call(text) for text in study.names("--m", m)]
     shapes = [parse_shape(text, group) for text in shape.split()] if shape else []
@@ -121,16 +121,13 @@ def rates(
 
     from qlab.logprobs.row_predictions import predict
     from qlab.report import rows as report
-    from qlab.serial import write_json
-    from qlab.weights import DTYPES
 
-    if dtype not in DTYPES:
-        raise QlabError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    kind = torch_dtype(dtype)
     if shapes:
-        source, described = _random(shapes, group, DTYPES[dtype]), f"random layers {shape}, groups of {group}"
+        source, described = _random(shapes, group, kind), f"random layers {shape}, groups of {group}"
     else:
         directories = _directories(paths, awq, gptq)
-        source = _source(directories, DTYPES[dtype], tokens)
+        source = _source(directories, kind, tokens)
         described = f"{' and '.join(d.name for d in directories.values())}, {tokens} tokens of the calibration text"
     found = predict(
         source,
@@ -142,11 +139,7 @@ def rates(
         dtype=dtype,
         arguments=arguments,
     )
-    try:
-        if json is not None:
-            write_json(json, found)
-    finally:  # a full disk shall not cost the answer as well
-        report.show_predictions(found, Console(), every=every)
+    answer(found, json, lambda: report.show_predictions(found, Console(), every=every))
 
 
 @app.command("commit")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -64,12 +63,3 @@ def runs_folder(out: Path | None) -> Path | None:
         if not os.access(folder, os.W_OK):
             raise QlabError(f"--out {out}: the folder {folder} cannot be written; name another")
     return out / "runs"
-
-
-def typed(values: Mapping[str, Any]) -> dict[str, str]:
-    """Options that were set, for the record; paths by their last part alone."""
-    out = {}
-    for name, v in values.items():
-        if v is not None and v is not False:
-            out[name] = v.name if isinstance(v, Path) else str(v)
-    return out
