@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -21,6 +22,7 @@ PACKAGES = [
     "qlab.checkpoint",
     "qlab.data",
     "qlab.engine",
+    "qlab.gemm",
     "qlab.kernels",
     "qlab.lab",
     "qlab.layers",
@@ -46,10 +48,10 @@ NATIVE = Pybind11Extension(
     extra_link_args=["-pthread"],
 )
 
-NVCC_FLAGS = [
-    *("-O3", "-std=c++17", "-lineinfo", "--fmad=false", "--threads=0", "-Xcompiler=-fPIC"),
-    *("-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"),
-]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "--fmad=false", "--threads=0", "-Xcompiler=-fPIC"]
+ARCHITECTURES = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
+WGMMA_ARCHITECTURES = ["-gencode=arch=compute_90a,code=sm_90a"]
+"""Of files named ``*_wgmma.cu``: Hopper's warpgroup instructions run on no other generation."""
 
 
 def cuda_home() -> tuple[Path | None, str]:
@@ -101,17 +103,22 @@ class BuildExtensions(build_ext):
                 raise CompileError(reason)
             objects = Path(self.build_temp)
             objects.mkdir(parents=True, exist_ok=True)
-            newest = max(Path(p).stat().st_mtime for p in (*ext.depends, __file__))
-            for source in sorted(Path("csrc").glob("*.cu")):
-                target = objects / f"{source.stem}.o"
-                ext.extra_objects.append(str(target))
-                if target.exists() and target.stat().st_mtime > newest:
-                    continue
-                command = [str(home / "bin/nvcc"), *NVCC_FLAGS, "-c", str(source), "-o", str(target)]
-                print(" ".join(command))
-                if subprocess.run(command).returncode:
-                    raise CompileError(f"nvcc could not compile {source}; QLAB_BUILD_CUDA=0 leaves qlab._cuda out")
+            # A file is compiled anew for itself and for any header, not for another .cu.
+            shared = max(Path(p).stat().st_mtime for p in (*ext.depends, __file__) if not p.endswith((".cu", ".cpp")))
+            targets = {source: objects / f"{source.stem}.o" for source in sorted(Path("csrc").glob("*.cu"))}
+            ext.extra_objects += map(str, targets.values())
+            stale = [s for s, t in targets.items() if not t.exists() or t.stat().st_mtime <= max(shared, s.stat().st_mtime)]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                compiled = dict(zip(stale, pool.map(lambda s: self._compiles(home, s, targets[s]), stale), strict=True))
+            if failed := [str(s) for s, ok in compiled.items() if not ok]:
+                raise CompileError(f"nvcc could not compile {', '.join(failed)}; QLAB_BUILD_CUDA=0 leaves qlab._cuda out")
         super().build_extension(ext)
+
+    def _compiles(self, home: Path, source: Path, target: Path) -> bool:
+        architectures = WGMMA_ARCHITECTURES if source.stem.endswith("_wgmma") else ARCHITECTURES
+        command = [str(home / "bin/nvcc"), *NVCC_FLAGS, *architectures, "-c", str(source), "-o", str(target)]
+        print(" ".join(command), flush=True)
+        return subprocess.run(command).returncode == 0
 
 
 setup(

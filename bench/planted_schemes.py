@@ -45,7 +45,7 @@ class Plan:
             for start, stop, warps in bands:
                 rows = max(area.rows[0], start), min(area.rows[1], stop)
                 if rows[0] < rows[1]:
-                    sums = [piece_sum(s.step, walk, warps, s.k_width) for walk in area.pieces]
+                    sums = [piece_sum(s.step, walk, warps, s.k_width, s.lanes) for walk in area.pieces]
                     tree = self._joined([rounded(n, s.partial.type) for n in sums])
                     tiles += list(s.bias.tiles(rows, area.columns, tree, s.scale == "output"))
         return Recipe.of(p.M, p.K, p.N, type_name(p.dtype), tiles, weights=s.weights, rows=s.rows)

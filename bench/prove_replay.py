@@ -241,7 +241,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=480, help="start no further problem after so long")
     parser.add_argument("--seed", type=int, default=1, help="of the plan")
     parser.add_argument("--limit", type=int, help="only the first so many problems")
-    parser.add_argument("--engine", choices=("auto", "cuda", "native"), default="auto", help="that replays")
+    parser.add_argument("--engine", choices=("auto", "cuda", "native", "tensor-cores"), default="auto", help="that replays")
     options = parser.parse_args()
     folder: Path | None = options.merge or options.out
     if folder is None:

@@ -1,9 +1,9 @@
 """Fill the tables of README.md and docs/ from the files under ``results/``: ``python -m bench.readme``.
 
 A table stands between ``<!-- table: FILE kernels -->`` and ``<!-- end -->``; other openings are ``<!-- table: FILE pairs
-KERNEL,... -->``, ``<!-- table: FILE against -->``, ``<!-- speed: FILE KERNEL,... -->``, those of bench/readme_logprobs.py and
-bench/readme_attribution.py and, with a FILE alone, ``perplexity``, ``recordings``, ``proof``, ``replay`` and ``cross``. A test
-fails when a page does not hold what this writes.
+KERNEL,... -->``, ``<!-- table: FILE against -->``, ``<!-- speed: FILE KERNEL,... -->``, those of bench/readme_logprobs.py,
+bench/readme_attribution.py and bench/readme_layers.py and, with a FILE alone, ``perplexity``, ``recordings``, ``proof``,
+``replay`` and ``cross``. A test fails when a page does not hold what this writes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import re
 from pathlib import Path
 
-from bench import readme_attribution, readme_logprobs
+from bench import readme_attribution, readme_layers, readme_logprobs
 from qlab.lab.results import LabResult
 from qlab.report.markdown import against_table, caption, kernel_table, pair_table, table
 from qlab.report.terminal import number, share
@@ -21,7 +21,7 @@ from qlab.serial import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-OTHERS = {**readme_logprobs.KINDS, **readme_attribution.KINDS}
+OTHERS = {**readme_logprobs.KINDS, **readme_attribution.KINDS, **readme_layers.KINDS}
 KINDS = "|".join(("table|perplexity|recordings|speed|proof|replay|cross", *OTHERS))
 BLOCK = re.compile(
     rf"(<!-- ({KINDS}): (\S+)(?: (kernels|pairs|against))?(?: (\S+))? -->\n).*?(<!-- end -->)",

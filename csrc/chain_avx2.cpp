@@ -37,6 +37,12 @@ struct Avx2 : Lanes {
     static F half_fma(F a, F b, F c) { return round_half(add_to_odd(a * b, c)); }
 
     template <bool bf16>
+    static F expand(const std::uint16_t* p) {
+        const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return bf16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)) : _mm256_cvtph_ps(x);
+    }
+
+    template <bool bf16>
     static void decode(const std::uint16_t* bits, float* value, std::uint8_t* exponent) {
         for (int n = 0; n < kBlock; n += 32) {
             __m256i e[2];

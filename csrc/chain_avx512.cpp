@@ -53,6 +53,12 @@ struct Avx512 : Lanes {
     }
 
     template <bool bf16>
+    static F expand(const std::uint16_t* p) {
+        const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return bf16 ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)) : _mm512_cvtph_ps(x);
+    }
+
+    template <bool bf16>
     static void decode(const std::uint16_t* bits, float* value, std::uint8_t* exponent) {
         for (int n = 0; n < kBlock; n += 32) {
             const __m512i x = _mm512_loadu_si512(bits + n);

@@ -214,24 +214,66 @@ void tensor_core(const Chain& c, ChainScratch& s) {
     }
 }
 
+// Fused multiply-adds of `terms` k in R rows from r on and a block's columns from n on, C vectors of them at a time, whose sums
+// are held in registers. `load` gives the weights of k number j in the vector of columns from n + m on.
+template <class V, bool bf16, bool half, int R, int C, class Load>
+inline __attribute__((always_inline)) void multiply_vectors(const Chain& c, const ChainScratch& s, int terms, int r, int n, int m,
+                                                            Load load) {
+    using F = typename V::F;
+    F sum[R][C], w[C];
+    float* first = c.sum + r * c.sum_stride + n + m;
+#pragma GCC unroll 8
+    for (int q = 0; q < R; ++q)
+#pragma GCC unroll 8
+        for (int v = 0; v < C; ++v) sum[q][v] = V::template load<F>(first + q * c.sum_stride + v * V::width);
+    for (int j = 0; j < terms; ++j) {
+#pragma GCC unroll 8
+        for (int v = 0; v < C; ++v) w[v] = load(j, m + v * V::width);
+#pragma GCC unroll 8
+        for (int q = 0; q < R; ++q) {
+            const F x = V::splat(s.x[j * c.rows + r + q]);
+#pragma GCC unroll 8
+            for (int v = 0; v < C; ++v)
+                sum[q][v] = half ? V::half_fma(x, w[v], sum[q][v]) :
+                            bf16 ? V::fma(x, w[v], sum[q][v]) :
+                                   V::fma_exact_product(x, w[v], sum[q][v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < R; ++q)
+#pragma GCC unroll 8
+        for (int v = 0; v < C; ++v) V::store(first + q * c.sum_stride + v * V::width, sum[q][v]);
+}
+
+template <class V, bool bf16, bool half, int R, int C, class Load>
+void multiply(const Chain& c, const ChainScratch& s, int terms, int r, int n, Load load) {
+    for (int m = 0; m < kBlock; m += C * V::width) multiply_vectors<V, bf16, half, R, C>(c, s, terms, r, n, m, load);
+}
+
 template <class V, bool bf16, bool half>
 void fma(const Chain& c, ChainScratch& s) {
-    using F = typename V::F;
-    for (std::int64_t i = 0; i < c.length; i += 16) {
-        const int terms = c.length - i < 16 ? static_cast<int>(c.length - i) : 16;
-        decode_x<V, bf16>(c, s, c.order + i, terms);
+    constexpr int kVectors = kBlock / V::width, kAtOnce = kVectors < 8 ? kVectors : 8;  // of a row alone: what registers hold
+    constexpr int kRows = 4, kWide = kAtOnce / (V::width == 16 ? 1 : 4);                // of several
+    for (std::int64_t i = 0; i < c.length; i += kMaxStep) {
+        const std::int32_t* k = c.order + i;
+        const int terms = c.length - i < kMaxStep ? static_cast<int>(c.length - i) : kMaxStep;
+        decode_x<V, bf16>(c, s, k, terms);
         for (int n = 0; n < c.columns; n += kBlock) {
-            decode_w<V, bf16>(c, s, c.order + i, terms, n);
-            for (int r = 0; r < c.rows; ++r)
-                for (int m = 0; m < kBlock; m += V::width) {
-                    float* sum = c.sum + r * c.sum_stride + n + m;
-                    F a = V::template load<F>(sum);
-                    for (int j = 0; j < terms; ++j) {
-                        const F x = V::splat(s.x[j * c.rows + r]), w = V::template load<F>(s.w + j * kBlock + m);
-                        a = half ? V::half_fma(x, w, a) : bf16 ? V::fma(x, w, a) : V::fma_exact_product(x, w, a);
-                    }
-                    V::store(sum, a);
-                }
+            int r = 0;
+            if (c.rows < kRows && n + kBlock <= c.columns) {  // each weight is used so seldom that it is not stored
+                const auto load = [&](int j, int m) {
+                    const std::uint16_t* w = c.w + k[j] * c.w_stride + n + m;
+                    const std::int32_t* ahead = k + j + kAhead;
+                    if (m % 32 == 0 && ahead < c.order + c.length) __builtin_prefetch(c.w + *ahead * c.w_stride + n + m);
+                    return V::template expand<bf16>(w);
+                };
+                for (; r < c.rows; ++r) multiply<V, bf16, half, 1, kAtOnce>(c, s, terms, r, n, load);
+                continue;
+            }
+            decode_w<V, bf16>(c, s, k, terms, n);
+            const auto load = [&](int j, int m) { return V::template load<typename V::F>(s.w + j * kBlock + m); };
+            for (; r + kRows <= c.rows; r += kRows) multiply<V, bf16, half, kRows, kWide>(c, s, terms, r, n, load);
+            for (; r < c.rows; ++r) multiply<V, bf16, half, 1, kAtOnce>(c, s, terms, r, n, load);
         }
     }
 }

@@ -21,6 +21,7 @@ struct Lanes {
     typedef float F __attribute__((vector_size(4 * W)));
     typedef std::int32_t I __attribute__((vector_size(4 * W)));  // comparisons give 0 or -1 in these
     typedef std::uint8_t B __attribute__((vector_size(4 * W)));
+    typedef std::uint16_t Half __attribute__((vector_size(2 * W)));
     typedef std::uint8_t Quarter __attribute__((vector_size(W)));
 
     template <class V, class T>
@@ -113,6 +114,15 @@ struct Lanes {
 
     // The same in fp16, for fp16 values.
     QLAB_INLINE F half_fma(F a, F b, F c) { return round_half(add_to_odd(a * b, c)); }
+
+    // W operands from their bits to fp32.
+    template <bool bf16>
+    QLAB_INLINE F expand(const std::uint16_t* p) {
+        const I x = __builtin_convertvector(load<Half>(p), I), magnitude = x & 0x7FFF, sign = (x & 0x8000) << 16;
+        if (bf16) return from_bits(x << 16);
+        const F value = from_bits(magnitude << 13) * 0x1p112f;  // fp16's bias to fp32's, subnormals included
+        return from_bits(bits(value) | ((magnitude >= 0x7C00) & kFp32Infinity) | sign);
+    }
 
     // 64 operands: bits to fp32 and to exponents as bytes (chain_kernel.hpp).
     template <bool bf16>

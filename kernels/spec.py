@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -19,6 +19,10 @@ class Variant:
     """Arguments known to be multiples of 16 (bytes for a pointer)."""
     options: Mapping[str, int]
     """Compiler options, as the launcher passes them."""
+    architectures: tuple[int, ...] = (80, 90)
+    """Compute capabilities, times ten, that it is compiled for."""
+    k_width: Mapping[int, int] = field(default_factory=dict)
+    """By architecture, how many neighbouring k a thread holds of an operand of the tensor cores, where that is not 2."""
 
 
 @dataclass(frozen=True)

@@ -109,4 +109,6 @@ def version(kernel: Kernel, *, native: bool) -> str:
         return kernel.version()
     if kernel.name not in builders():
         return ""
-    return f"recipe of triton {DEFAULT.triton}" if isinstance(kernel, TritonKernel) else f"recipe of vLLM {DEFAULT.vllm}"
+    if isinstance(kernel, TritonKernel):
+        return f"recipe of triton {DEFAULT.triton}"
+    return f"recipe of vLLM {DEFAULT.vllm}" if isinstance(kernel, VllmKernel) else "recipe of qlab"

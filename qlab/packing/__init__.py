@@ -12,6 +12,8 @@ is in no layout (checkpoints fold it into the previous operation), so ``unpack``
 | ``exllama`` | gptq's, rows sorted by group, nibbles shuffled | as gptq | any, as a permutation |
 | ``marlin`` | int32 [K/16, 2N] in tensor-core tiles | ``uint4``: 0 to 15; ``uint4b8``: 8 | any, as a permutation |
 | ``compressed_tensors`` | int32 [N, K/8] | 0 to 15 | any |
+| ``fragments`` | int32 [N/64, K/128, W], blocks with their scales and zero points | 0 to 16 | any, as a permutation |
+| ``wgmma_rows`` | int32 [N/64, K/128, 64, 16], padded | 0 to 16 | any, as a permutation |
 
 Machete's prepacking op starts from gptq's ``qweight``; what it makes of it is CUTLASS's own and has no module here.
 """

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,3 +148,9 @@ def dot_order(rows: int, k_width: int) -> NDArray[np.int64]:
     """
     k = np.arange(rows).reshape(-1, 2, 4, k_width // 2, 2)  # [8 * k_width k, half, lane, instruction, pair]
     return k.transpose(0, 3, 1, 2, 4).ravel()
+
+
+def dealt_to_lanes(order: NDArray[np.integer[Any]], lanes: int) -> list[NDArray[np.integer[Any]]]:
+    """The k of each lane, as fragments of mma.sync deal them: pairs in turn, so that lane c of four has 2c and 2c + 1 of 8."""
+    lane = np.arange(len(order)) // 2 % lanes
+    return [order[lane == c] for c in range(lanes)]

@@ -40,7 +40,7 @@ from qlab.recipe import (
     zero,
 )
 from qlab.recipes.build import type_name
-from qlab.recipes.rules import CHUNK, Bias, Cut, OneChain, PlainBias, Ranges, Span, Warps, dot_order, span
+from qlab.recipes.rules import CHUNK, Bias, Cut, OneChain, PlainBias, Ranges, Span, Warps, dealt_to_lanes, dot_order, span
 
 Place = Literal["weight", "step", "output"]
 """Where the scale comes in: multiplied into each weight, behind each fp16 dot, or onto the rounded sum of a whole column."""
@@ -101,6 +101,8 @@ class Scheme:
     """kWidth of a dot of 32 rows, which orders its k (qlab.recipes.rules.dot_order)."""
     warps: Warps = ONE_CHAIN
     """How a piece's k are dealt to warp-level accumulators."""
+    lanes: int = 1
+    """Lanes, a power of two, that each multiply and sum pairs of a warp's k in turn; their sums are joined pairwise in fp32."""
     partial: Partial = UNROUNDED
     order: Order = "ascending"
     type: Type = "fp32"
@@ -164,6 +166,8 @@ def _misfits(s: Scheme, p: Problem) -> Iterator[str]:
         yield "atomics add to memory, in the type of the joins: there is no running total to round"
     if s.order.startswith("atomics") and s.bias != NO_BIAS:
         yield "a bias that one of several atomic additions carries is not modelled"
+    if s.lanes > 1 and s.unit != "fma":
+        yield f"lanes that each sum k of their own multiply by fma, and here {s.unit} multiplies"
     if s.k_width != NATURAL and p.K % CHUNK:
         yield f"K={p.K} ends inside a dot of {CHUNK} rows, whose k kWidth {s.k_width} would permute"
     if p.K % s.step.terms:
@@ -194,7 +198,7 @@ def _tiles(s: Scheme) -> Iterator[Tile]:
             if at not in trees:
                 for walk in area.pieces:
                     if (walk, warps) not in sums:
-                        sums[walk, warps] = piece_sum(step, walk, warps, s.k_width)
+                        sums[walk, warps] = piece_sum(step, walk, warps, s.k_width, s.lanes)
                 trees[at] = joined([sums[walk, warps] for walk in area.pieces], s, atomics)
             scale = s.scale == "output" and not atomics  # atomics scale each addend
             yield from s.bias.tiles(rows, area.columns, trees[at], scale)
@@ -209,9 +213,12 @@ def _banded(rows: Span, bands: tuple[tuple[int, int, int], ...]) -> list[tuple[S
 
 
 @lru_cache(maxsize=1024)
-def piece_sum(step: Step, walk: Walk, warps: int = 1, k_width: int = NATURAL) -> Node:
-    """One piece's sum: a chain for each warp over its turns of 32 k, joined ``acc0 + (acc1 + (acc3 + acc2))`` in fp32."""
-    if warps == 1 and k_width == NATURAL:
+def piece_sum(step: Step, walk: Walk, warps: int = 1, k_width: int = NATURAL, lanes: int = 1) -> Node:
+    """One piece's sum: a chain for each warp over its turns of 32 k, joined ``acc0 + (acc1 + (acc3 + acc2))`` in fp32.
+
+    With several lanes a warp's sum is joined from theirs, ``(lane0 + lane1) + (lane2 + lane3)``.
+    """
+    if warps == 1 and k_width == NATURAL and lanes == 1:
         return _walked(step, walk)
     order = unfold(walk)
     whole = len(order) // CHUNK * CHUNK
@@ -222,8 +229,15 @@ def piece_sum(step: Step, walk: Walk, warps: int = 1, k_width: int = NATURAL) ->
     if len(rest):  # the end of K
         last = len(chunks) % warps
         dealt[last] = np.r_[dealt[last], rest]
-    parts = [chain(step, order) for order in dealt]
+    parts = [_in_pairs([chain(step, own) for own in dealt_to_lanes(order, lanes)]) for order in dealt]
     return join(parts[::-1])
+
+
+def _in_pairs(sums: Sequence[Node]) -> Node:
+    """``(sums[0] + sums[1]) + (sums[2] + sums[3])``, and so on."""
+    while len(sums) > 1:
+        sums = [join(sums[i : i + 2]) for i in range(0, len(sums), 2)]
+    return sums[0]
 
 
 def _walked(step: Step, walk: Walk) -> Node:

@@ -1,7 +1,8 @@
-"""Executes recipes bit for bit: one function, three engines that give the same bits.
+"""Executes recipes bit for bit: one function, four engines that give the same bits.
 
 ``reference`` interprets the tree in numpy and is there to be read; ``native`` is the compiled CPU engine; ``cuda`` replays any
-GPU's arithmetic on a GPU, in integers. None of them uses the arithmetic of a tensor core.
+GPU's arithmetic on a GPU, in integers. None of them uses the arithmetic of a tensor core. ``tensor-cores`` does: it runs at a
+kernel's own speed what this GPU's tensor cores compute, and refuses other GPUs' steps.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def replay(
 ) -> Tensor:
     """y [M, N] in x's dtype, on x's device: the bits that the recipe's kernel gives for x [M, K].
 
-    ``seed`` chooses one order of atomics. ``auto`` takes ``cuda`` for tensors on a GPU, else ``native``, else ``reference``.
+    ``seed`` chooses one order of atomics. ``auto`` takes ``cuda`` for tensors on a GPU, else ``native``, else ``reference``;
+    ``tensor-cores`` is taken where it is named.
     The weight is decoded panel by panel, so that beside the operands no more than :data:`PANEL` elements are held; for many x
     on one weight see :func:`prepare`.
     Raises UnsupportedError for opaque sums, for atomics without a seed and for an engine that is missing here, QlabError for

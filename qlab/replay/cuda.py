@@ -74,14 +74,8 @@ def run(
     """
     engine = module()
     is_bf16 = _is_bf16(x, dtype)
-    bits = [_bits(name, t, x) for name, t in (("x", x), ("w", w), ("scales", scales), ("bias", bias))]
-    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
-        raise QlabError(f"x must be [M, K] and w [K, N], not {list(x.shape)} and {list(w.shape)}")
+    bits, group = checked(program, x, w, scales, group, bias)
     (m, k), n = x.shape, w.shape[1]
-    if max(m * k, k * n) >= 1 << 32:
-        raise QlabError("the CUDA engine numbers elements with 32 bits; split x or w")
-    group = group.to(device=x.device, dtype=torch.int32).contiguous()
-    _check_operands(program, k, n, scales, group, bias)
     with torch.cuda.device(x.device):
         engine.set_device(x.device.index)
         plan = _plan(program, m, k, n, is_bf16)
@@ -100,6 +94,19 @@ def run(
             addresses = (ops.data_ptr(), tiles.data_ptr(), batch.join_count, results.data_ptr(), y.data_ptr())
             engine.run_join(operands, *addresses, raw, stream)
     return y if raw else y.view(x.dtype)
+
+
+def checked(program: Program, x: Tensor, w: Tensor, scales: Tensor, group: Tensor, bias: Tensor) -> tuple[list[Tensor], Tensor]:
+    """x, w, scales and bias, and group, as kernels take them. Raises QlabError where they do not fit the program."""
+    bits = [_bits(name, t, x) for name, t in (("x", x), ("w", w), ("scales", scales), ("bias", bias))]
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
+        raise QlabError(f"x must be [M, K] and w [K, N], not {list(x.shape)} and {list(w.shape)}")
+    (m, k), n = x.shape, w.shape[1]
+    if max(m * k, k * n) >= 1 << 32:
+        raise QlabError("the CUDA engine numbers elements with 32 bits; split x or w")
+    group = group.to(device=x.device, dtype=torch.int32).contiguous()
+    _check_operands(program, k, n, scales, group, bias)
+    return bits, group
 
 
 @dataclass(frozen=True)

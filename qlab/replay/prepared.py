@@ -12,12 +12,13 @@ from torch import Tensor
 
 from qlab.errors import QlabError, UnsupportedError
 from qlab.recipe import Recipe
-from qlab.replay import cuda, native, reference
+from qlab.replay import cuda, native, reference, tensor_cores
 from qlab.replay.operands import DTYPES, Operands, bits, check, operands, row_order, values
 from qlab.replay.program import Program, compile_recipe
 from qlab.weights import Int4Weight
 
-Engine = Literal["auto", "reference", "native", "cuda"]
+Engine = Literal["auto", "reference", "native", "cuda", "tensor-cores"]
+ON_GPU: tuple[Engine, ...] = ("cuda", "tensor-cores")
 PANEL = 1 << 24
 """Elements of the decoded weight at once where it is not held: bounds the memory beside the operands."""
 FEW_PRODUCTS = 1 << 22
@@ -25,7 +26,7 @@ FEW_PRODUCTS = 1 << 22
 
 
 def choose(x: Tensor) -> Engine:
-    """The fastest engine for x."""
+    """The fastest engine for x that replays every GPU's arithmetic."""
     return _fastest(x.device)
 
 
@@ -37,7 +38,12 @@ def _fastest(device: torch.device) -> Engine:
 
 def missing(engine: Engine) -> str:
     """Why an engine cannot run here; empty when it can."""
-    reasons: dict[str, Callable[[], str]] = {"cuda": cuda.reason, "native": native.reason, "reference": str}
+    reasons: dict[str, Callable[[], str]] = {
+        "cuda": cuda.reason,
+        "tensor-cores": tensor_cores.reason,
+        "native": native.reason,
+        "reference": str,
+    }
     if engine not in reasons:
         raise QlabError(f"unknown engine {engine!r}; known: auto, {', '.join(reasons)}")
     return reasons[engine]()
@@ -60,8 +66,9 @@ class Panel:
     def run(self, engine: Engine, program: Program, x: Tensor) -> Tensor:
         """y [M, stop - start] of a program of these columns."""
         o = self.operands
-        if engine == "cuda":
-            return cuda.run(program, x, o.w, o.scales, o.group, o.bias)
+        if engine in ON_GPU:
+            run = cuda.run if engine == "cuda" else tensor_cores.run
+            return run(program, x, o.w, o.scales, o.group, o.bias)
         threads = 1 if x.shape[0] * o.w.numel() <= FEW_PRODUCTS else 0
         return values(native.run(program, bits(x), *self.arrays, bf16=x.dtype == torch.bfloat16, threads=threads), x.dtype)
 
@@ -84,8 +91,8 @@ class Decoded:
     ) -> None:
         self.device = weight.device if device is None else device
         self.engine: Engine = _fastest(self.device) if engine == "auto" else engine
-        if self.engine == "cuda" and self.device.type != "cuda":
-            raise UnsupportedError("the cuda engine needs x on a GPU: x.cuda()")
+        if self.engine in ON_GPU and self.device.type != "cuda":
+            raise UnsupportedError(f"the {self.engine} engine needs x on a GPU: x.cuda()")
         if reason := missing(self.engine):
             raise UnsupportedError(f"the {self.engine} engine cannot run: {reason}")
         self.recipe, self.bias = recipe, bias
@@ -116,7 +123,7 @@ class Decoded:
     def _panel(self, start: int, stop: int) -> Panel:
         assert self._weight is not None
         o = operands(self.recipe, self._weight, slice(start, stop), self._order, self.bias)
-        home = self.device if self.engine == "cuda" else torch.device("cpu")
+        home = self.device if self.engine in ON_GPU else torch.device("cpu")
         return Panel(start, stop, Operands(*(t.to(home) for t in (o.w, o.scales, o.group, o.bias))))
 
 

@@ -32,6 +32,7 @@ KERNELS = (
     "triton.awq_gemm",
     "triton.awq_gemm.splitk",
     "vllm.awq_triton",
+    "cuda.hardware_invariant",
 )
 PATHS = tuple(product(KERNELS, ("a100", "h100")))
 Path = tuple[str, str]
@@ -168,6 +169,21 @@ def test_what_fits_only_together_is_one_part() -> None:
     whole = problems(group_size=0)
     assert names(parts(pairs(exllama, marlin, whole)))[0] == "place of the scale + unit of multiplication"
     assert names(parts(pairs(marlin, ("vllm.machete.gptq", "h100"), whole)))[0] == "dequantisation rule + place of the scale"
+
+
+def test_lanes_follow_the_unit() -> None:
+    """A tensor core's k are not dealt to lanes, so that fma comes first, and leaves last."""
+    ours, marlin = ("cuda.hardware_invariant", "h100"), ("vllm.marlin.gptq", "h100")
+    layers = pairs(marlin, ours)
+    found = parts(layers)
+    # Marlin's stripes are slices of 128 rows here, too.
+    assert {"unit of multiplication", "lane-level slices of K", WARPS, ORDER} == set(names(found)) - {F, L}
+    lanes, unit = (1 << names(found).index(name) for name in ("lane-level slices of K", "unit of multiplication"))
+    fits = admissible(found, layers)
+    assert (fits(unit), fits(lanes), fits(unit | lanes)) == (True, False, True)
+    assert parts(pairs(("cuda.hardware_invariant", "a100"), ours)) == ()
+    part = next(p for p in found if p.attributes == ("lanes",))
+    assert [text(part, s) for s in layers[0][:2]] == ["k not dealt to lanes", "pairs of k dealt to 4 lanes"]
 
 
 def test_inadmissible_coalitions() -> None:

@@ -107,7 +107,7 @@ def test_schemes_without_the_registrys_refusal() -> None:
         scheme_of("vllm.machete.awq", PROBLEM, A100)
     here, there = scheme("machete.awq", key="a100"), scheme("machete.awq")
     assert replace(there, sms=108, fraction_bits=24, zero_exponents=(-132, -20), terms=8) == here
-    with pytest.raises(UnsupportedError, match=r"reference\.float32 has no recipe; kernels that have one: triton"):
+    with pytest.raises(UnsupportedError, match=r"reference\.float32 has no recipe; kernels that have one: cuda"):
         scheme_of("reference.float32", PROBLEM, H100, check=False)
 
 
@@ -223,6 +223,17 @@ def test_k_width_orders_every_dot_of_a_warp() -> None:
         dealt = naive_deal(list(range(256)), warps)
         parts = [chain(step, [m[i + j] for i in range(0, len(m), 32) for j in dot_order(32, 4)]) for m in dealt]
         assert piece_sum(step, span(0, 256), warps, 4) == join(parts[::-1])
+
+
+def test_lanes_take_pairs_in_turn_and_join_pairwise() -> None:
+    """Of each warp's k, and of an end of K that fills no eight."""
+    step = Fma()
+    for warps, length in ((1, 64), (2, 128), (1, 42)):
+        sums = []
+        for own in naive_deal(list(range(100, 100 + length)), warps):
+            a, b, c, d = (chain(step, [k for i, k in enumerate(own) if i % 8 // 2 == lane]) for lane in range(4))
+            sums.append(join([join([a, b]), join([c, d])]))
+        assert piece_sum(step, span(100, 100 + length), warps, lanes=4) == join(sums[::-1])
 
 
 def test_torch_sum_in_other_types() -> None:

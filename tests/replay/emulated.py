@@ -43,11 +43,11 @@ class Problem(ctypes.Structure):
     ]
 
 
-def build(folder: Path) -> ctypes.CDLL:
+def build(folder: Path, name: str = "emulate.cpp") -> ctypes.CDLL:
     """The device code as a library for this machine; skips the test where there is no C++ compiler."""
     if not (compiler := shutil.which("g++")):
         pytest.skip("there is no g++ to compile the device code for the CPU")
-    target, source = folder / "emulate.so", Path(__file__).with_name("emulate.cpp")
+    target, source = folder / f"{name}.so", Path(__file__).with_name(name)
     ran = subprocess.run([compiler, *FLAGS, f"-I{ROOT / 'csrc'}", source, "-o", target], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return ctypes.CDLL(str(target))

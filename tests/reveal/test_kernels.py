@@ -36,6 +36,8 @@ CASES = [
     pytest.param("vllm.machete.gptq", 16, 2048, 4096, 128, "h100", BF16, id="machete, bf16"),
     pytest.param("triton.awq_gemm", 16, 512, 256, 128, "h100", HALF, id="triton"),
     pytest.param("triton.gptq_gemm.splitk", 16, 1024, 256, 128, "a100", HALF, id="triton, slices"),
+    pytest.param("cuda.hardware_invariant", 1, 512, 64, 128, "h100", HALF, id="fused multiply-adds"),
+    pytest.param("cuda.hardware_invariant", 1, 416, 64, 32, "a100", BF16, id="fused multiply-adds, bf16"),
 ]
 
 

@@ -1,0 +1,1 @@
+"""What ``bench.prove_kernels`` compares: inputs, counts, and one module for each part."""

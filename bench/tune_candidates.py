@@ -1,0 +1,103 @@
+"""What bench/tune.py tries: slices of K and tiles for each kernel that has a table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from torch import Tensor
+
+from qlab.backends.registry import Packed, kernel
+from qlab.hardware import Gpu
+from qlab.recipes import tuned
+from qlab.recipes.tuned import Choice, Value
+
+Run = Callable[[Tensor, Packed], Tensor]
+SLICES = (1, 2, 3, 4, 6, 8, 12, 16)
+TOTAL_SLICES = (2, 4, 8)
+LEAST_ROWS = 256
+"""Rows of K that a slice keeps at least, where there is more than one."""
+MOST_WAVES = 6
+"""Thread blocks for each multiprocessor beyond which more slices are not tried."""
+TRITON = {
+    16: ((16, 64, 4, 4), (16, 64, 4, 6), (16, 128, 4, 3), (16, 128, 4, 4), (16, 128, 4, 5), (16, 128, 8, 4)),
+    32: ((32, 64, 4, 4), (32, 128, 4, 4), (32, 128, 8, 4)),
+    64: ((64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 8, 3), (64, 128, 8, 4)),
+    128: ((128, 64, 4, 4), (128, 128, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4)),
+    256: ((128, 128, 4, 3), (128, 128, 8, 3), (128, 256, 8, 3), (256, 64, 4, 2), (256, 128, 8, 2), (256, 128, 8, 3)),
+}
+"""Up to so many rows, and beyond: block_m, block_n, warps, stages."""
+CUDA_ROWS = {8: (8, 16), 16: (8, 16), 32: (16, 32), 64: (32, 64), 128: (64, 128), 256: (64, 128)}
+
+
+def candidates(name: str, m: int, k: int, n: int, gpu: Gpu) -> Iterator[Choice]:
+    """What is worth timing on one shape, the likeliest first."""
+    yield from (triton if name == "triton.w4a16" else cuda)(m, k, n, gpu)
+
+
+def triton(m: int, k: int, n: int, gpu: Gpu) -> Iterator[Choice]:
+    found = []
+    for block_m, block_n, warps, stages in TRITON[next((rows for rows in TRITON if m <= rows), max(TRITON))]:
+        config = {"block_m": block_m, "block_n": block_n, "warps": warps, "stages": stages}
+        tiles = -(-m // block_m) * -(-n // block_n)
+        found += [(place, Choice(slices, tuple(config.items()))) for place, slices in enumerate(counts(k, tiles, gpu))]
+    yield from (choice for _, choice in sorted(found, key=lambda pair: pair[0]))
+
+
+def cuda(m: int, k: int, n: int, gpu: Gpu) -> Iterator[Choice]:
+    """Variants by kernel, tile rows and columns; the launcher takes the nearest that it has, so some may be the same."""
+    row_counts = CUDA_ROWS[next((rows for rows in CUDA_ROWS if m <= rows), max(CUDA_ROWS))]
+    for family, columns in (("mma", (64, 128)), ("wgmma", (128, 256))):
+        if (family == "mma" and m > 64) or (family == "wgmma" and (m < 8 or gpu.capability != (9, 0))):
+            continue
+        for rows in row_counts:
+            if (rows > 16) if family == "mma" else (rows < 16):
+                continue
+            for width in columns:
+                config: dict[str, Value] = {"kernel": family, "rows": rows, "columns": width}
+                for slices in counts(k, -(-m // rows) * -(-n // width), gpu):
+                    yield Choice(slices, tuple(config.items()))
+    if m > 64 and gpu.capability == (9, 0):  # all slices of a tile in turn
+        for rows, width in ((64, 256), (128, 128)):
+            for slices in (s for s in TOTAL_SLICES if k // s >= LEAST_ROWS):
+                yield Choice(slices, (("columns", width), ("kernel", "wgmma"), ("rows", rows), ("total", 1)))
+
+
+def counts(k: int, tiles: int, gpu: Gpu) -> list[int]:
+    """Numbers of slices that leave each enough rows and not too many thread blocks in all, those that fill the GPU first."""
+    found = [s for s in SLICES if s == 1 or (k // s >= LEAST_ROWS and tiles * s <= MOST_WAVES * gpu.sms)]
+    distinct = {len(tuned.ranges(k, s)) for s in found}
+    return sorted(distinct, key=lambda s: abs(tiles * s - 2 * gpu.sms))
+
+
+def compile_all(name: str, choices: Sequence[Choice], x: Tensor, packed: Packed) -> None:
+    """Compile a Triton kernel for all choices, side by side; what does not compile says so when it is run."""
+    if name != "triton.w4a16":
+        return
+    compile_one = partial(kernel(name).run_as, x, packed, compile_only=True)  # type: ignore[attr-defined]
+    compile_one(choices[0])  # alone: the first call in a process prepares the compiler
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for future in [pool.submit(compile_one, choice) for choice in choices[1:]]:
+            future.exception()
+
+
+def _triton(choice: Choice) -> Run:
+    return lambda x, packed: kernel("triton.w4a16").run_as(x, packed, choice)  # type: ignore[attr-defined]
+
+
+def _cuda(name: str, choice: Choice) -> Run:
+    from qlab.gemm import launch
+    from qlab.gemm.planner import Planner
+
+    planner = Planner(name, choice)
+    return lambda x, packed: launch.run(x, packed.tensors, packed.problem, planner)
+
+
+FAMILIES: Mapping[str, Callable[[Choice], Run]] = {
+    "triton.w4a16": _triton,
+    "cuda.split": partial(_cuda, "cuda.split"),
+    "cuda.batch_invariant": partial(_cuda, "cuda.batch_invariant"),
+}
+"""What runs a choice, by the kernel's name."""

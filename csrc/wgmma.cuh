@@ -1,0 +1,86 @@
+// wgmma m64nNk16 with operand A in registers: d += a * b, b in shared memory as its descriptor says.
+//
+// N counts rows of x, 16 to 128; a thread holds N / 2 numbers of d. The texts differ in the number of registers alone.
+#pragma once
+
+#include "int4_fragments.cuh"
+
+namespace qlab::int4 {
+
+// K-major operand B in 128-byte swizzled atoms of 8 rows and 64 k: its address, and the 1024 bytes from atom to atom, over 16.
+__device__ __forceinline__ std::uint64_t descriptor(std::uint32_t address) {
+    return static_cast<std::uint64_t>((address & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+#define QLAB_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define QLAB_D8(i) QLAB_D4(i), QLAB_D4(i + 4)
+#define QLAB_D16(i) QLAB_D8(i), QLAB_D8(i + 8)
+#define QLAB_D32(i) QLAB_D16(i), QLAB_D16(i + 16)
+#define QLAB_WGMMA(N, TYPE, D, AB) \
+    "{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" D "}, " AB ", p, 1, 1, 0;}"
+
+#define QLAB_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define QLAB_R16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define QLAB_R32 QLAB_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define QLAB_R64 QLAB_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+template <class T>
+__device__ __forceinline__ void wgmma(float (&d)[8], const std::uint32_t (&a)[4], std::uint64_t b) {
+    if constexpr (T::kIsBf16)
+        asm volatile(QLAB_WGMMA("16", "bf16", QLAB_R8, "{%8, %9, %10, %11}, %12")
+                     : QLAB_D8(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    else
+        asm volatile(QLAB_WGMMA("16", "f16", QLAB_R8, "{%8, %9, %10, %11}, %12")
+                     : QLAB_D8(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <class T>
+__device__ __forceinline__ void wgmma(float (&d)[16], const std::uint32_t (&a)[4], std::uint64_t b) {
+    if constexpr (T::kIsBf16)
+        asm volatile(QLAB_WGMMA("32", "bf16", QLAB_R16, "{%16, %17, %18, %19}, %20")
+                     : QLAB_D16(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    else
+        asm volatile(QLAB_WGMMA("32", "f16", QLAB_R16, "{%16, %17, %18, %19}, %20")
+                     : QLAB_D16(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <class T>
+__device__ __forceinline__ void wgmma(float (&d)[32], const std::uint32_t (&a)[4], std::uint64_t b) {
+    if constexpr (T::kIsBf16)
+        asm volatile(QLAB_WGMMA("64", "bf16", QLAB_R32, "{%32, %33, %34, %35}, %36")
+                     : QLAB_D32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    else
+        asm volatile(QLAB_WGMMA("64", "f16", QLAB_R32, "{%32, %33, %34, %35}, %36")
+                     : QLAB_D32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+template <class T>
+__device__ __forceinline__ void wgmma(float (&d)[64], const std::uint32_t (&a)[4], std::uint64_t b) {
+    if constexpr (T::kIsBf16)
+        asm volatile(QLAB_WGMMA("128", "bf16", QLAB_R64, "{%64, %65, %66, %67}, %68")
+                     : QLAB_D32(0), QLAB_D32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    else
+        asm volatile(QLAB_WGMMA("128", "f16", QLAB_R64, "{%64, %65, %66, %67}, %68")
+                     : QLAB_D32(0), QLAB_D32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+#undef QLAB_D4
+#undef QLAB_D8
+#undef QLAB_D16
+#undef QLAB_D32
+#undef QLAB_R8
+#undef QLAB_R16
+#undef QLAB_R32
+#undef QLAB_R64
+#undef QLAB_WGMMA
+
+}  // namespace qlab::int4
