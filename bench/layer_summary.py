@@ -18,6 +18,7 @@ from rich.table import Table
 
 from bench import layer_tables as figures
 from bench.layer_figure import roofline
+from bench.layer_kernels import MARLIN, OURS
 from bench.layer_results import Cell, Result, is_block, merge
 from bench.layer_tables import CONTENDERS, REFERENCES, Mean
 from qlab.command import FIGURES, check_output, one_sentence
@@ -25,6 +26,12 @@ from qlab.report.markdown import table as markdown_table
 from qlab.serial import write_whole
 
 Rows = tuple[list[str], list[list[str]]]
+PRICES = (
+    ("cuda.batch_invariant", OURS, "the fastest of ours"),
+    ("cuda.batch_invariant", ("vllm.awq_dequantize",), "vLLM's dequantise and matmul"),
+    ("cuda.marlin", MARLIN, "vLLM's Marlin"),
+)
+"""Kernels whose recipe is given, and what each is held against."""
 """Heading and lines of a table."""
 
 
@@ -40,7 +47,18 @@ def ratios(r: Result) -> Rows:
     for name in r.kernels():
         means = [figures.ratio(figures.layers(r, x), (name,), REFERENCES["cuBLAS"]) for x in m]
         lines.append([f"`{name}` / cuBLAS", *(_times(mean) for mean in means)])
+    lines.append(["layers in the mean", *(str(len(figures.layers(r, x))) for x in m)])
     return ["speed, geometric mean over layers", *(f"M = {x}" for x in m)], lines
+
+
+def prices(r: Result) -> Rows:
+    """What a recipe that is fixed costs: geometric means and the slowest layer, per M."""
+    m, lines = figures.rows(r), []
+    for ours, theirs, words in PRICES:
+        means = [figures.ratio(figures.layers(r, x), (ours,), theirs) for x in m]
+        if any(means):
+            lines.append([f"`{ours}` / {words}", *(f"{x.value:.2f} (from {x.lowest:.2f})" if x else "-" for x in means)])
+    return ["speed, geometric mean (and lowest) over layers", *(f"M = {x}" for x in m)], lines
 
 
 def memory(r: Result) -> Rows:
@@ -111,6 +129,7 @@ def sections(r: Result, full: bool) -> Iterator[tuple[str, Rows]]:
     if any(is_block(c) for c in r.cells):
         yield "Decoder blocks", blocks(r)
     yield "Targets", targets(r)
+    yield "The price of a given recipe", prices(r)
     if full:
         for model, name in figures.order(r):
             yield f"{model} {name}", layer(r, model, name)

@@ -2,11 +2,11 @@
 
     QLAB_VLLM_EXTENSION=/path/_C.so python -m bench.prove_kernels --out results/GPU/kernels.json [--seconds 150]
 
-Five parts, each in a process of its own and side by side: ``marlin``, cuda.marlin against vLLM's marlin_gemm and, in a second
+Six parts, each in a process of its own and side by side: ``marlin``, cuda.marlin against vLLM's marlin_gemm and, in a second
 process without vLLM, against its saved outputs (``*-marlin.json``, and ``*-marlin-small.json`` for the tests); ``batch``,
 rows of cuda.batch_invariant in any batch; ``hardware``, cuda.hardware_invariant against two CPU engines; ``stripes``, other
-SM counts, L = 8 and hybrids on this GPU's tensor cores; ``split``, cuda.split and triton.w4a16 against their replays. What time
-did not allow is listed. Exit status 1 where a bit differs, a problem fails or a part has compared nothing.
+SM counts, L = 8 and hybrids on this GPU's tensor cores; ``split`` and ``triton``, cuda.split and triton.w4a16 against their
+replays. What time did not allow is listed. Exit status 1 where a bit differs, a problem fails or a part has compared nothing.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from pathlib import Path
 import torch
 
 from bench.kernel_proof import batch, hardware, marlin, saved, split, stripes
-from bench.kernel_proof.place import Place
+from bench.kernel_proof.place import Place, poisons
 from bench.kernel_proof.tally import SCHEMA, Failure, Part, Result, Tally, show
 from qlab.backends.vllm_extension import Missing, extension
 from qlab.environment import collect
+from qlab.errors import QlabError
 from qlab.hardware import detect
 from qlab.replay import missing
 from qlab.serial import write_json
 
-PARTS = ("marlin", "batch", "hardware", "stripes", "split")
+PARTS = ("marlin", "batch", "hardware", "stripes", "split", "triton")
 GRACE = 100.0
 """Seconds that a part may take beyond its time before it is ended: start, and what was begun."""
 
@@ -37,7 +38,11 @@ GRACE = 100.0
 def work(name: str, place: Place, tally: Tally, out: Path) -> None:
     """One part; ``out`` is the whole result's file, beside which parts leave theirs."""
     try:
+        if not poisons(place.device):
+            tally.skip("fresh memory is not NaN on this PyTorch")
         if name == "marlin":
+            if isinstance(found := extension(), Missing):
+                raise QlabError(f"vLLM's kernels: {found.reason}")
             marlin.prove(place, tally, saved_path(out))
         elif name == "batch":
             batch.prove(place, tally)
@@ -47,7 +52,7 @@ def work(name: str, place: Place, tally: Tally, out: Path) -> None:
             stripes.prove(place, tally)
         else:
             with tempfile.TemporaryDirectory() as folder:
-                split.prove(place, tally, Path(folder))
+                split.prove(place, tally, Path(folder), split.NAMES[:1] if name == "split" else split.NAMES[1:])
     except Exception as error:  # what was found before is kept
         tally.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     tally.write(now=True)
@@ -102,7 +107,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the result's JSON file")
     parser.add_argument("--seconds", type=float, default=150, help="start no further problem after so long")
-    parser.add_argument("--problems", type=int, default=600, help="of a part, at most")
+    parser.add_argument("--problems", type=int, default=600, help="of a part, at most; batch has a list of its own")
     parser.add_argument("--part", action="append", choices=PARTS, help="only this one; may be repeated")
     for internal in ("--worker", "--file", "--kernel", "--claim"):
         parser.add_argument(internal, help=argparse.SUPPRESS)

@@ -1,10 +1,13 @@
-"""Tables of the layers' benchmark for README and docs: ``<!-- layer-speed: FILE TABLE -->``.
+"""Tables of our INT4 kernels for README and docs.
 
-TABLE is ``ratios`` (the default), ``memory``, ``blocks``, ``targets`` or ``MODEL.LAYER``.
+``<!-- layer-speed: FILE TABLE -->``: TABLE is ``ratios`` (the default), ``memory``, ``blocks``, ``targets``, ``prices`` or
+MODEL.LAYER. ``<!-- kernel-proof: FILE LATER -->``: LATER is another proof, whose parts stand in the place of those that FILE
+has of the same name.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +22,7 @@ TABLES: dict[str, Callable[[Result], layer_summary.Rows]] = {
     "memory": layer_summary.memory,
     "blocks": layer_summary.blocks,
     "targets": layer_summary.targets,
+    "prices": layer_summary.prices,
 }
 
 
@@ -36,4 +40,22 @@ def layer_speed(path: Path, what: str) -> str:
     return f"{table(heading, lines)}\n\n<sub>{layer_summary.caption(r)}. From `{source}`.</sub>"
 
 
-KINDS = {"layer-speed": layer_speed}
+def kernel_proof(path: Path, later: str) -> str:
+    """What was claimed of the kernels' bits, and how many outputs were found to differ."""
+    files = [path, *([ROOT / later] if later else [])]
+    proofs = [json.loads(f.read_text()) for f in files]
+    parts = {part["name"]: part for proof in proofs for part in proof["parts"]}
+    rows = [
+        [f"`{name}`", claim["name"], *(f"{claim[n]:,}" for n in ("problems", "outputs", "differing_outputs", "differing_bits"))]
+        for name, part in parts.items()
+        for claim in part["claims"]
+        if claim["outputs"]
+    ]
+    heading = ["part", "held against", "problems", "outputs compared", "that differ", "**bits that differ**"]
+    e = proofs[0]["environment"]
+    where = f"{e['gpu']}, driver {e['driver']}, torch {e['torch']}, triton {e['triton']}; {proofs[0]['extension']}"
+    names = " and ".join(f"`{f.relative_to(ROOT) if f.is_relative_to(ROOT) else f.name}`" for f in files)
+    return f"{table(heading, rows)}\n\n<sub>{where}. From {names}.</sub>"
+
+
+KINDS = {"layer-speed": layer_speed, "kernel-proof": kernel_proof}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench import timing
 from bench.gemm import error_bound
-from bench.tune_candidates import FAMILIES, candidates, compile_all
+from bench.tune_candidates import FAMILIES, candidates, compile_all, untried
 from qlab import environment, hardware
 from qlab.backends.reference import oracle
 from qlab.backends.registry import Packed, kernel
@@ -35,7 +35,7 @@ from qlab.errors import QlabError
 from qlab.inputs import random_activations, random_weight
 from qlab.recipes import tuned
 from qlab.recipes.tuned import Choice
-from qlab.serial import write_json
+from qlab.serial import read_json, write_json
 
 SCHEMA = "qlab.bench.tune/1"
 LAYERS = (
@@ -45,6 +45,8 @@ LAYERS = (
 )
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 FINALISTS = 4
+LEAST_TRIED = 4
+"""Candidates of a cell that must have been timed for its best one to count."""
 NEARLY = 1.15
 """A candidate this many times slower than the best of the first timing is out."""
 FIRST_PASSES = 3
@@ -61,7 +63,7 @@ class Measured:
     N: int
     M: int
     slices: int
-    config: dict[str, tuned.Value]
+    config: dict[str, Any]
     reason: str
     """Why there is no time; empty when there is one."""
     first: float | None
@@ -227,18 +229,25 @@ def entries(result: Result, kept: Sequence[tuned.Entry] = ()) -> tuple[tuned.Ent
     """The table: what was chosen, and of ``kept`` the shapes that were not tuned now.
 
     A kernel with one recipe for every M takes the slices with the smallest product of the medians over M, and for each M the
-    best tile with those.
+    best tile with those. Where fewer than LEAST_TRIED candidates were timed the table has what is usual (untried).
     """
     done = {(m.K, m.N) for m in result.measured if m.chosen}
-    rows = [m for m in result.measured if m.first is not None]
+    one_recipe = result.kernel in tuned.ONE_RECIPE
+    rows = [m for m in result.measured if m.first is not None and not (one_recipe and m.config.get("striped"))]
     fresh: list[tuned.Entry] = []
+    slices = 0
     for k, n in sorted(done):
         here = [m for m in rows if (k, n) == (m.K, m.N)]
         counts = {m.M: [o for o in here if o.M == m.M] for m in here}
-        if result.kernel in tuned.ONE_RECIPE:
-            slices = _one_count(counts)
+        few = {m for m, some in counts.items() if len(some) < LEAST_TRIED}
+        if one_recipe:
+            slices = _one_count({m: some for m, some in counts.items() if m not in few} or counts)
             counts = {m: [o for o in some if o.slices == slices] for m, some in counts.items()}
         for m, some in sorted(counts.items()):
+            if m in few or not some:
+                usual = untried(result.kernel, m, k, n, slices if one_recipe else 0)
+                fresh.append(tuned.Entry(k, n, m, usual.slices, dict(usual.config)))
+                continue
             best = next((o for o in some if o.chosen), None) or min(some, key=lambda o: o.median or 1.02 * (o.first or 0))
             fresh.append(tuned.Entry(k, n, m, best.slices, best.config))
     return (*(e for e in kept if (e.k, e.n) not in done), *fresh)
@@ -273,6 +282,14 @@ def write(result: Result) -> Path:
     return tuned.write(table)
 
 
+def relabelled(result: Result, kernel: str) -> Result:
+    """A log for another kernel that runs the same code: ``cuda.batch_invariant`` takes what was measured of ``cuda.split``."""
+    same = {result.kernel, kernel} <= {"cuda.split", "cuda.batch_invariant"}
+    if kernel != result.kernel and not same:
+        raise QlabError(f"the log is of {result.kernel}, and the table was to be {kernel}'s")
+    return replace(result, kernel=kernel)
+
+
 def _versions(result: Result) -> str:
     return ", ".join(f"{name} {version}" for name, version in result.versions.items() if version)
 
@@ -299,8 +316,12 @@ def main(
     symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric")] = False,
     dry: Annotated[bool, typer.Option(help="print only; the table stays as it is")] = False,
     log: Annotated[Path | None, typer.Option(help="write all that was measured here")] = None,
+    measured: Annotated[Path | None, typer.Option("--from", help="measure nothing: write the table from such a log")] = None,
 ) -> None:
     """Tune one kernel on this GPU."""
+    if measured:
+        print(f"wrote {write(relabelled(read_json(Result, measured, SCHEMA), kernel))}")
+        return
     if not torch.cuda.is_available():
         raise QlabError("PyTorch finds no CUDA GPU here, and a table is for the GPU that it was measured on")
     if kernel not in FAMILIES:

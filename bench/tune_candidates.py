@@ -29,12 +29,16 @@ TRITON = {
     256: ((128, 128, 4, 3), (128, 128, 8, 3), (128, 256, 8, 3), (256, 64, 4, 2), (256, 128, 8, 2), (256, 128, 8, 3)),
 }
 """Up to so many rows, and beyond: block_m, block_n, warps, stages."""
-CUDA_ROWS = {8: (8, 16), 16: (8, 16), 32: (16, 32), 64: (32, 64), 128: (64, 128), 256: (64, 128)}
+USUAL = {16: (16, 64, 4, 4), 32: (32, 128, 4, 4), 64: (64, 128, 4, 3), 256: (128, 128, 8, 3), 257: (256, 128, 8, 3)}
+"""Of those the ones that are taken unseen."""
+WASTE = 1.04
+"""Waves of thread blocks over those that are needed, from which stripes are taken unseen."""
+CUDA_ROWS = {8: (8, 16), 16: (8, 16), 32: (32, 16), 64: (64, 32), 128: (128, 64), 256: (128, 64)}
 
 
 def candidates(name: str, m: int, k: int, n: int, gpu: Gpu) -> Iterator[Choice]:
     """What is worth timing on one shape, the likeliest first."""
-    yield from (triton if name == "triton.w4a16" else cuda)(m, k, n, gpu)
+    yield from triton(m, k, n, gpu) if name == "triton.w4a16" else cuda(name, m, k, n, gpu)
 
 
 def triton(m: int, k: int, n: int, gpu: Gpu) -> Iterator[Choice]:
@@ -46,10 +50,10 @@ def triton(m: int, k: int, n: int, gpu: Gpu) -> Iterator[Choice]:
     yield from (choice for _, choice in sorted(found, key=lambda pair: pair[0]))
 
 
-def cuda(m: int, k: int, n: int, gpu: Gpu) -> Iterator[Choice]:
+def cuda(name: str, m: int, k: int, n: int, gpu: Gpu) -> Iterator[Choice]:
     """Variants by kernel, tile rows and columns; the launcher takes the nearest that it has, so some may be the same."""
     row_counts = CUDA_ROWS[next((rows for rows in CUDA_ROWS if m <= rows), max(CUDA_ROWS))]
-    for family, columns in (("mma", (64, 128)), ("wgmma", (128, 256))):
+    for family, columns in (("mma", (64, 128)), ("wgmma", (256, 128))):
         if (family == "mma" and m > 64) or (family == "wgmma" and (m < 8 or gpu.capability != (9, 0))):
             continue
         for rows in row_counts:
@@ -59,10 +63,30 @@ def cuda(m: int, k: int, n: int, gpu: Gpu) -> Iterator[Choice]:
                 config: dict[str, Value] = {"kernel": family, "rows": rows, "columns": width}
                 for slices in counts(k, -(-m // rows) * -(-n // width), gpu):
                     yield Choice(slices, tuple(config.items()))
+                sms, tiles = gpu.sms, -(-m // rows) * -(-n // width)
+                if name == "cuda.split" and family == "wgmma" and rows >= 32 and tiles % sms:
+                    yield Choice(1, (*config.items(), ("striped", 1)))
     if m > 64 and gpu.capability == (9, 0):  # all slices of a tile in turn
         for rows, width in ((64, 256), (128, 128)):
             for slices in (s for s in TOTAL_SLICES if k // s >= LEAST_ROWS):
                 yield Choice(slices, (("columns", width), ("kernel", "wgmma"), ("rows", rows), ("total", 1)))
+
+
+def untried(name: str, m: int, k: int, n: int, slices: int = 0) -> Choice:
+    """What a table says where time allowed too few candidates: the usual tile, and slices by the shape alone unless given."""
+    found = slices or (1 if m >= 1024 else tuned.heuristic(m, k, n).slices)
+    config: dict[str, Value] = {}
+    if name == "triton.w4a16":
+        block_m, block_n, warps, stages = USUAL[next((rows for rows in USUAL if m <= rows), max(USUAL))]
+        config = {"block_m": block_m, "block_n": block_n, "warps": warps, "stages": stages}
+    elif m > 64 and slices > 1:  # in turn, by tiles that have room for a total
+        config = {"kernel": "wgmma", "rows": 128, "columns": 128, "total": 1}
+    elif m > 64:
+        config = {"kernel": "wgmma", "rows": 128, "columns": 256}
+        waves = -(-m // 128) * -(-n // 256) / tuned.MANY_BLOCKS
+        if name == "cuda.split" and -(-waves // 1) > WASTE * waves:
+            config["striped"] = 1
+    return Choice(found, tuple(config.items()))
 
 
 def counts(k: int, tiles: int, gpu: Gpu) -> list[int]:

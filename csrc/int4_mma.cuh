@@ -1,9 +1,9 @@
 // INT4 GEMM for a few rows of x: y^T = w^T x^T with mma.sync m16n8k16, the weight decoded into registers as operand A.
 //
 // A thread block takes its pieces in turn. One warp brings blocks of the weight and the matching 128 columns of x into a ring of
-// stages, on across the pieces; four warps compute each 64 columns: with R chains, warp w takes the 32-row chunks c with
-// c % R = w % R, for R tiles of 16 columns. The R sums of an output are joined in shared memory, pieces of one tile through a
-// workspace by the thread block that arrives last; the order is fixed in both.
+// stages, on across the pieces. With one chain a warp computes one or two tiles of 16 columns; with R chains four warps share 64
+// columns, and warp w takes the 32-row chunks c with c % R = w % R, for R tiles. The R sums of an output are joined in shared
+// memory, pieces of one tile through a workspace by the thread block that arrives last; the order is fixed in both.
 #pragma once
 
 #include "int4_pipeline.cuh"
@@ -25,12 +25,15 @@ __device__ __forceinline__ void mma(float (&d)[4], const std::uint32_t (&a)[4], 
 template <int kTileRows, int kTileColumns, int kChainCount>
 struct MmaShape {
     static constexpr int kRows = kTileRows, kColumns = kTileColumns, kChains = kChainCount, kStages = 8;
-    static constexpr int kBlocks = kColumns / kBlockColumns, kWarps = 4 * kBlocks, kGroups = kRows / 8;
+    static constexpr int kBlocks = kColumns / kBlockColumns, kGroups = kRows / 8;
+    // Tiles of a warp before and after its chains are joined: two chains side by side hide each other's latency.
+    static constexpr int kTiles = kChains > 1 ? kChains : kBlocks, kOwn = kChains > 1 ? 1 : kTiles;
+    static constexpr int kBlockWarps = kChains > 1 ? 4 : 4 / kTiles, kWarps = kBlockWarps * kBlocks;
     static constexpr int kThreads = 32 * (kWarps + 1);
     static constexpr int kPitch = 2 * kBlockRows + 16;  // bytes from row to row of x: ldmatrix meets every bank once
     static constexpr int kXBytes = kRows * kPitch;
     // Room for the sums that chains, or the thread blocks of a cluster, hand to each other.
-    static constexpr int kScratch = 32 * kWarps * kChains * kGroups * 16;
+    static constexpr int kScratch = 32 * kWarps * kTiles * kGroups * 16;
 
     static int shared_bytes(int block_words) { return kStages * (kBlocks * 4 * block_words + kXBytes) + kScratch; }
 };
@@ -85,7 +88,8 @@ __global__ void __launch_bounds__(S::kThreads) int4_mma(const Arguments a) {
     __shared__ __align__(8) std::uint64_t barriers[2 * S::kStages];
     __shared__ int arrived;
     constexpr int kChains = S::kChains, kGroups = S::kGroups, kStages = S::kStages, kComputing = 32 * S::kWarps;
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32 % 4, block = thread / 128;
+    constexpr int kTiles = S::kTiles, kOwn = S::kOwn;
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32 % S::kBlockWarps, block = thread / 32 / S::kBlockWarps;
     const int weight_bytes = S::kBlocks * 4 * a.block_words, stage_bytes = weight_bytes + S::kXBytes;
     Ring<kStages> ring{shared_address(barriers), shared_address(barriers + kStages)};
 
@@ -105,10 +109,10 @@ __global__ void __launch_bounds__(S::kThreads) int4_mma(const Arguments a) {
     wait_for_previous();
     const auto meet = [] { asm volatile("bar.sync 1, %0;" ::"n"(kComputing) : "memory"); };
 
-    const int chain = warp % kChains, first_tile = warp / kChains * kChains;
+    const int chain = warp % kChains, first_tile = warp / kChains * kTiles;
     for (int piece = a.starts[blockIdx.x]; piece < a.starts[blockIdx.x + 1]; ++piece) {
         const int k_begin = a.pieces[piece].k_begin, k_end = a.pieces[piece].k_end;
-        float acc[kChains][kGroups][4] = {};
+        float acc[kTiles][kGroups][4] = {};
         for (int k_block = k_begin / kBlockRows * kBlockRows; k_block < k_end; k_block += kBlockRows) {
             ring.wait_full();
             const unsigned char* at = shared + ring.stage * stage_bytes;
@@ -116,10 +120,10 @@ __global__ void __launch_bounds__(S::kThreads) int4_mma(const Arguments a) {
             const std::uint32_t* scales = words + kCodeWords;
             const auto* zeros = reinterpret_cast<const std::uint16_t*>(scales + 32 * a.group_rows);
             const std::uint32_t x_at = shared_address(at) + weight_bytes + lane % 8 * S::kPitch + lane / 8 * 16;
-            Group group[kChains];
+            Group group[kTiles];
             const auto load_group = [&](int row) {
 #pragma unroll
-                for (int t = 0; t < kChains; ++t) {
+                for (int t = 0; t < kTiles; ++t) {
                     const int place = 32 * row + 8 * (first_tile + t) + lane / 4;
                     group[t].template set<T>(scales[place], a.has_zeros ? zeros[place] : 0, a);
                 }
@@ -132,7 +136,7 @@ __global__ void __launch_bounds__(S::kThreads) int4_mma(const Arguments a) {
                                  : "=r"(b[j][0]), "=r"(b[j][1]), "=r"(b[j][2]), "=r"(b[j][3])
                                  : "r"(x_at + j * 8 * S::kPitch + c * 64));
 #pragma unroll
-                for (int t = 0; t < kChains; ++t) {
+                for (int t = 0; t < kTiles; ++t) {
                     const uint2 w = reinterpret_cast<const uint2*>(words)[(c * 4 + first_tile + t) * 32 + lane];
                     std::uint32_t f[4];
                     decode(T{}, w.x, group[t], f);
@@ -160,55 +164,61 @@ __global__ void __launch_bounds__(S::kThreads) int4_mma(const Arguments a) {
             ring.advance();
         }
 
-        const Piece p = a.pieces[piece];
-        // Each warp joins the chains of tile `warp` of the four: a0 + (a1 + (a3 + a2)).
-        float sum[kGroups][4];
+        // With several chains each warp joins those of tile `warp` of the four: a0 + (a1 + (a3 + a2)).
+        float sum[kOwn][kGroups][4];
+        const auto keep = [&](int t, int j, float4 v) { sum[t][j][0] = v.x, sum[t][j][1] = v.y, sum[t][j][2] = v.z, sum[t][j][3] = v.w; };
+        const auto vector = [](const float(&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); };
         if constexpr (kChains == 1) {
 #pragma unroll
-            for (int i = 0; i < 4 * kGroups; ++i) sum[i / 4][i % 4] = acc[0][i / 4][i % 4];
+            for (int t = 0; t < kOwn; ++t)
+#pragma unroll
+                for (int j = 0; j < kGroups; ++j) keep(t, j, vector(acc[t][j]));
         } else {
             auto* scratch = reinterpret_cast<float4*>(shared + kStages * stage_bytes);
-            const auto place = [&](int w, int t, int j) { return (((block * 4 + w) * kChains + t) * kGroups + j) * 32 + lane; };
+            const auto place = [&](int w, int t, int j) { return (((block * 4 + w) * kTiles + t) * kGroups + j) * 32 + lane; };
             meet();
 #pragma unroll
-            for (int t = 0; t < kChains; ++t)
+            for (int t = 0; t < kTiles; ++t)
 #pragma unroll
-                for (int j = 0; j < kGroups; ++j)
-                    scratch[place(warp, t, j)] = make_float4(acc[t][j][0], acc[t][j][1], acc[t][j][2], acc[t][j][3]);
+                for (int j = 0; j < kGroups; ++j) scratch[place(warp, t, j)] = vector(acc[t][j]);
             meet();
 #pragma unroll
             for (int j = 0; j < kGroups; ++j) {
                 const auto part = [&](int c) { return scratch[place(first_tile + c, chain, j)]; };
-                const float4 total =
-                    part(0) + (kChains == 2 ? part(1) : part(1) + (part(kChains - 1) + part(kChains - 2)));
-                sum[j][0] = total.x, sum[j][1] = total.y, sum[j][2] = total.z, sum[j][3] = total.w;
+                keep(0, j, part(0) + (kChains == 2 ? part(1) : part(1) + (part(kChains - 1) + part(kChains - 2))));
             }
         }
 
-        const int column = p.column + block * kBlockColumns + 16 * warp;
+        const Piece p = a.pieces[piece];
+        const int column = p.column + block * kBlockColumns + 16 * (kChains > 1 ? warp : first_tile);
+        const auto write = [&](int t, int j, const float(&v)[4]) { store<T>(a, p.row + 8 * j, p.row + p.rows, column + 16 * t, v); };
         if (a.cluster > 1) {
             auto* mine = reinterpret_cast<float4*>(shared + kStages * stage_bytes) + thread;
             if constexpr (kChains > 1) meet();
 #pragma unroll
-            for (int j = 0; j < kGroups; ++j) mine[j * kComputing] = make_float4(sum[j][0], sum[j][1], sum[j][2], sum[j][3]);
+            for (int t = 0; t < kOwn; ++t)
+#pragma unroll
+                for (int j = 0; j < kGroups; ++j) mine[(t * kGroups + j) * kComputing] = vector(sum[t][j]);
             meet_cluster();
-            for (int j = 0; j < kGroups; ++j)
-                if ((thread / 32 * kGroups + j) % a.cluster == p.rank()) {
-                    const float4 v = sum_of_ranks(shared_address(mine + j * kComputing), a.cluster);
+            for (int i = 0; i < kOwn * kGroups; ++i)
+                if ((thread / 32 * kOwn * kGroups + i) % a.cluster == p.rank()) {
+                    const float4 v = sum_of_ranks(shared_address(mine + i * kComputing), a.cluster);
                     const float joined[4] = {v.x, v.y, v.z, v.w};
-                    store<T>(a, p.row + 8 * j, p.row + p.rows, column, joined);
+                    write(i / kGroups, i % kGroups, joined);
                 }
             meet_cluster();
             return;
         }
         bool complete = true;
         if (p.count() > 1) {
-            const auto slot = [&](int rank, int j) {
+            const auto slot = [&](int rank, int t, int j) {
                 return reinterpret_cast<float4*>(a.workspace) +
-                       ((static_cast<long long>(p.first + rank) * kGroups + j) * kComputing + thread);
+                       (((static_cast<long long>(p.first + rank) * kOwn + t) * kGroups + j) * kComputing + thread);
             };
 #pragma unroll
-            for (int j = 0; j < kGroups; ++j) __stcg(slot(p.rank(), j), make_float4(sum[j][0], sum[j][1], sum[j][2], sum[j][3]));
+            for (int t = 0; t < kOwn; ++t)
+#pragma unroll
+                for (int j = 0; j < kGroups; ++j) __stcg(slot(p.rank(), t, j), vector(sum[t][j]));
             __threadfence();
             meet();
             if (thread == 0) arrived = atomicAdd(a.counters + p.tile, 1);
@@ -217,18 +227,22 @@ __global__ void __launch_bounds__(S::kThreads) int4_mma(const Arguments a) {
             if (complete) {
                 __threadfence();
 #pragma unroll
-                for (int j = 0; j < kGroups; ++j) {
-                    float4 total = __ldcg(slot(0, j));
+                for (int t = 0; t < kOwn; ++t)
+#pragma unroll
+                    for (int j = 0; j < kGroups; ++j) {
+                        float4 total = __ldcg(slot(0, t, j));
 #pragma unroll 8
-                    for (int r = 1; r < p.count(); ++r) total = total + __ldcg(slot(r, j));
-                    sum[j][0] = total.x, sum[j][1] = total.y, sum[j][2] = total.z, sum[j][3] = total.w;
-                }
+                        for (int r = 1; r < p.count(); ++r) total = total + __ldcg(slot(r, t, j));
+                        keep(t, j, total);
+                    }
                 if (thread == 0) a.counters[p.tile] = 0;
             }
         }
         if (complete) {
 #pragma unroll
-            for (int j = 0; j < kGroups; ++j) store<T>(a, p.row + 8 * j, p.row + p.rows, column, sum[j]);
+            for (int t = 0; t < kOwn; ++t)
+#pragma unroll
+                for (int j = 0; j < kGroups; ++j) write(t, j, sum[t][j]);
         }
     }
 }

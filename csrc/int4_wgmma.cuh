@@ -28,7 +28,6 @@ struct WgmmaShape {
     static constexpr int kScratch = kChains == 1 ? 0 : kColumns * kRows * 4 * (kChains == 2 ? 1 : 2);
     // Two thread blocks on a multiprocessor where the accumulators leave room.
     static constexpr bool kTwo = kChains == 1 && kTiles == 1 && kRows <= 64;
-    static constexpr bool kTakeTurns = kRows >= 64 && !kTwo;
     static constexpr int kRegisters = kTwo ? 104 : 240;
     static constexpr int kXBytes = kRows * 2 * kBlockRows, kMostBlockBytes = 4 * (kCodeWords + 4 * 48);
     static constexpr int kRoom = (kTwo ? 112 : 226) * 1024 - 1024 - kScratch;
@@ -77,13 +76,8 @@ __device__ void compute_wgmma(const Arguments& a, unsigned char* shared, Ring<S:
     const int group = __shfl_sync(0xffffffffu, thread / 128, 0), first_tile = kChains == 1 ? group * kTiles : 0;
     const int block_bytes = 4 * a.block_words;
     const std::uint32_t base = shared_address(shared);
+    const unsigned char* const weights = shared + S::kStages * S::kXBytes + first_tile * block_bytes;
     const auto meet = [] { asm volatile("bar.sync 1, %0;" ::"n"(S::kComputing) : "memory"); };
-
-    // The warpgroups take turns at the tensor cores, so that one decodes while the other's products are computed.
-    const auto turn = [](int g) { asm volatile("bar.sync %0, %1;" ::"r"(2 + g), "n"(S::kComputing) : "memory"); };
-    const auto pass_turn = [](int g) { asm volatile("bar.arrive %0, %1;" ::"r"(2 + g), "n"(S::kComputing) : "memory"); };
-    if constexpr (S::kTakeTurns)
-        if (group == 1) pass_turn(0);
 
     // Two batches of operands: the tensor cores read one while the other is decoded.
     std::uint32_t fragments[2][kTiles][kSteps][4];
@@ -96,36 +90,59 @@ __device__ void compute_wgmma(const Arguments& a, unsigned char* shared, Ring<S:
     Group groups[kTiles];
     int first_half = 0;  // of the present block: 1 where the piece begins in its middle
 
-    const auto decode_half = [&](int half, std::uint32_t(&f)[kTiles][kSteps][4]) {
+    const auto chunk_of = [&](int half, int i) { return 2 * half + (kChains == 1 ? i : group); };
+    // Many rows: all loads first, and scales once for both halves of a block where they have the same.
+    const auto decode_eagerly = [&](int half, std::uint32_t(&f)[kTiles][kSteps][4]) {
         const std::uint32_t at = ring.stage * S::kBlocks * block_bytes;
         uint2 codes[kTiles][kSteps / 2];
 #pragma unroll
         for (int t = 0; t < kTiles; ++t)
 #pragma unroll
-            for (int i = 0; i < kSteps / 2; ++i)
-                codes[t][i] = load_shared2(codes_at + at + t * block_bytes + (2 * half + (kChains == 1 ? i : group)) * 1024);
+            for (int i = 0; i < kSteps / 2; ++i) codes[t][i] = load_shared2(codes_at + at + t * block_bytes + chunk_of(half, i) * 1024);
 #pragma unroll
         for (int t = 0; t < kTiles; ++t)
 #pragma unroll
             for (int i = 0; i < kSteps / 2; ++i) {
-                const int chunk = 2 * half + (kChains == 1 ? i : group), row = chunk * a.group_rows / 4;
+                const int row = chunk_of(half, i) * a.group_rows / 4;
                 if (a.group_rows > 1 || (half == 0 && i == 0) || first_half == 1)
                     groups[t].template set<T>(load_shared(scales_at + at + t * block_bytes + 128 * row),
-                                     load_shared_half(zeros_at + at + t * block_bytes + 64 * row), a);
+                                              a.has_zeros ? load_shared_half(zeros_at + at + t * block_bytes + 64 * row) : 0, a);
                 decode(T{}, codes[t][i].x, groups[t], f[t][2 * i]);
                 decode(T{}, codes[t][i].y, groups[t], f[t][2 * i + 1]);
             }
     };
+    // Few rows: decoding is what takes the time, and the compiler finds the better order by itself.
+    const auto decode_freely = [&](int half, std::uint32_t(&f)[kTiles][kSteps][4]) {
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+            const unsigned char* at = weights + (ring.stage * S::kBlocks + t) * block_bytes;
+            const auto* scales = reinterpret_cast<const std::uint32_t*>(at) + kCodeWords;
+            const auto* zeros = reinterpret_cast<const std::uint16_t*>(scales + 32 * a.group_rows);
+            Group g;
+#pragma unroll
+            for (int i = 0; i < kSteps / 2; ++i) {
+                const int chunk = chunk_of(half, i), place = 32 * (chunk * a.group_rows / 4) + 8 * warp + lane / 4;
+                if (i == 0 || a.group_rows == 4) g.set<T>(scales[place], a.has_zeros ? zeros[place] : 0, a);
+                const uint2 w = reinterpret_cast<const uint2*>(at)[(chunk * 4 + warp) * 32 + lane];
+                decode(T{}, w.x, g, f[t][2 * i]);
+                decode(T{}, w.y, g, f[t][2 * i + 1]);
+            }
+        }
+    };
+    const auto decode_half = [&](int half, std::uint32_t(&f)[kTiles][kSteps][4]) {
+        if constexpr (kRows >= 128)
+            decode_eagerly(half, f);
+        else
+            decode_freely(half, f);
+    };
     const auto multiply = [&](int half, float(&d)[kTiles][kRows / 2], std::uint32_t(&f)[kTiles][kSteps][4]) {
         const std::uint64_t x_at = descriptor(base + ring.stage * S::kXBytes + half * (S::kXBytes / 2)) + (kChains == 1 ? 0 : 4 * group);
-        if constexpr (S::kTakeTurns) turn(group);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kSteps; ++step)
 #pragma unroll
             for (int t = 0; t < kTiles; ++t) wgmma<T>(d[t], f[t][step], x_at + 2 * step);
         wgmma_commit();
-        if constexpr (S::kTakeTurns) pass_turn(group ^ 1);
     };
 
     for (int piece = a.starts[blockIdx.x]; piece < a.starts[blockIdx.x + 1]; ++piece) {

@@ -140,6 +140,7 @@ def _variants() -> tuple[Variant, ...]:
             {"EVEN_K": even, "BLOCK_M": block_m, "BLOCK_N": launch.BLOCK_N, "BLOCK_K": block_k},
             aligned,
             launch.OPTIONS,
+            tensor_core=launch.TENSOR_CORE[block_m],
         )
         for dtype in launch.DTYPES.values()
         for out in (dtype, "fp32")

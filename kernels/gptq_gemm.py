@@ -179,6 +179,7 @@ def _variants() -> tuple[Variant, ...]:
             },
             aligned,
             launch.OPTIONS,
+            tensor_core=launch.TENSOR_CORE[block_m],
         )
         for dtype in launch.DTYPES.values()
         for out in (dtype, "fp32")

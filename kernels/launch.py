@@ -17,6 +17,8 @@ from qlab.errors import UnsupportedError
 
 OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
 BLOCK_M_SIZES = (16, 64)
+TENSOR_CORE: dict[int, dict[int, str]] = {16: {}, 64: {90: "wgmma"}}
+"""By BLOCK_M and architecture the tensor-core instruction that the compiler takes, where that is not mma.sync."""
 BLOCK_N = 64
 BLOCK_K_SIZES = (32, 64)
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}

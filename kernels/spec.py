@@ -23,6 +23,10 @@ class Variant:
     """Compute capabilities, times ten, that it is compiled for."""
     k_width: Mapping[int, int] = field(default_factory=dict)
     """By architecture, how many neighbouring k a thread holds of an operand of the tensor cores, where that is not 2."""
+    tensor_core: Mapping[int, str] = field(default_factory=dict)
+    """By architecture, the tensor-core instruction that it is meant for, where that is not ``mma``: ``wgmma``, ``tcgen05``."""
+    spills: int = 0
+    """Bytes of registers that a thread spills at most."""
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,10 @@ def w4a16_kernel(
         scales = tl.load(p_scale + scale_row * (64 // PAIRED * R))
         w = weights(words, scales, SYMMETRIC, PLAIN, dtype)
         acc = tl.dot(w, tl.trans(b_x), acc)
+        # Left in flight, wgmma would read w from registers that the next step already fills: ptxas does not look beyond one
+        # step. A sum that something uses is waited for, once a step.
+        if not PLAIN:
+            acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], tl.float32, True, 1)
         p_words += 1024
 
     acc = tl.trans(acc)  # [BM, BN]
@@ -214,12 +218,11 @@ def w4a16_kernel(
 
 
 def _variants() -> tuple[Variant, ...]:
-    """What the launcher can pass, by tile; symmetric and not, every R, with and without slices and the end of a ragged K."""
-    kinds = (  # symmetric, R, slices, even K
-        *((symmetric, r, 4, True) for symmetric in (True, False) for r in (1, 2, 4)),
-        (False, 1, 1, True),
-        (True, 1, 1, False),
-    )
+    """What the launcher can pass: with the smallest tile symmetric and not, every R, with and without slices and the end of a
+    ragged K; with the others the least and the most that a thread has to hold.
+    """
+    some = ((True, 1, 4, True), (False, 4, 4, True), (False, 1, 1, False))  # symmetric, R, slices, even K
+    every = (*((s, r, 4, True) for s in (True, False) for r in (1, 2, 4)), (False, 1, 1, True), (True, 1, 1, False))
     integers = dict.fromkeys(("M", "N8", "K8", "STRIDE8", "TILES", "BLOCKS", "SPAN", "SCALE_ROWS"), "i32")
     return tuple(
         Variant(
@@ -246,11 +249,13 @@ def _variants() -> tuple[Variant, ...]:
             ("p_x", "p_codes", "p_scales", "p_y", "p_partials", "p_counters"),
             {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False},
             architectures=(80, 90, 100) if block_n == 64 else (90,),
-            k_width={80: 4},
+            k_width={80: 4 if symmetric or EVERY_JOIN else 2},
+            tensor_core={90: "wgmma", 100: "tcgen05"},
+            spills=SPILLS.get((block_m, slices > 1), 0),
         )
         for dtype in DTYPES.values()
         for block_m, block_n, warps, stages in TILES
-        for symmetric, r, slices, even in kinds
+        for symmetric, r, slices, even in (every if (block_m, block_n) == (16, 64) else some)
     )
 
 
@@ -258,6 +263,10 @@ def _kind(symmetric: bool, r: int) -> str:
     return f"{'symmetric' if symmetric else 'zero points'} R{r}"
 
 
+EVERY_JOIN = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+"""Whether the compiler deals k to mma.sync by kWidth 4 for every weight that was joined, or for symmetric ones alone."""
+SPILLS = {(256, True): 24}
+"""Bytes that a thread spills, by BLOCK_M and whether there are slices: addresses of the workspace, outside the loop over K."""
 TILES = (
     (16, 64, 4, 4),
     (64, 64, 4, 3),

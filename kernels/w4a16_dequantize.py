@@ -94,6 +94,7 @@ SPEC = Spec(
             {"GROUP_BLOCKS": 1, "R": r, "SYMMETRIC": symmetric, "EVEN_K": even, "PLAIN": False},
             ("p_codes", "p_scales", "p_w"),
             OPTIONS,
+            architectures=(80, 90, 100),
         )
         for dtype in launch.DTYPES.values()
         for symmetric in (True, False)

@@ -3,8 +3,9 @@
     python tests/cross_compile.py [--verbose] [--arch 80 90 100] [--jobs N] [--spill-limit BYTES]
 
 Prints registers, shared memory and spilled bytes per kernel and architecture (per specialisation with ``--verbose``). Exits
-with status 1 when one does not compile, spills more than the limit, asks for more shared memory than a block can have, or
-gives the tensor cores k in another order than the kernel files promise.
+with status 1 when one does not compile, spills more than the limit, asks for more shared memory than a block can have, has not
+the tensor-core instruction in its machine code that it is meant for, adds by atomics, or gives the tensor cores k in another
+order than the kernel files promise.
 """
 
 from __future__ import annotations
@@ -14,19 +15,22 @@ import importlib
 import os
 import pkgutil
 import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.machine_code import TENSOR_CORE, Code, float_atomics, read_cubin, usage_of_cubin
+
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 """Largest dynamic shared memory of one block, in bytes (CUDA programming guide)."""
+MACHINE_CODE = {"mma": "HMMA", "wgmma": "HGMMA", "tcgen05": "UTCHMMA"}
+"""What a tensor-core instruction of PTX is in machine code."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Row:
     spills: int = 0
     tensor_core: str = ""
     fault: str = ""
+    instructions: dict[str, int] = field(default_factory=dict)
+    """As :class:`bench.machine_code.Code` counts them; empty where machine code was not read."""
 
 
 def specs() -> dict[str, object]:
@@ -50,8 +56,11 @@ def specs() -> dict[str, object]:
     return {m.__name__.rpartition(".")[2]: m.SPEC for m in modules if hasattr(m, "SPEC")}
 
 
-def compile_one(module: str, index: int, arch: int, spill_limit: int) -> Row:
-    """Compile variant ``index`` of a kernel file for ``sm_<arch>`` and read what it takes."""
+def compile_one(module: str, index: int, arch: int, spill_limit: int = 0, machine_code: bool = False) -> Row:
+    """Compile variant ``index`` of a kernel file for ``sm_<arch>`` and read what it takes, ``machine_code`` as well.
+
+    To disassemble takes about as long as to compile.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -69,41 +78,57 @@ def compile_one(module: str, index: int, arch: int, spill_limit: int) -> Row:
         built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(variant.options))
     except Exception as e:  # whatever the compiler raises is the finding
         return Row(spec.name, variant.label, arch, fault=f"does not compile: {type(e).__name__}: {str(e).splitlines()[-1:]}")
-    registers, spills = resource_usage(built.asm["cubin"])
-    row = Row(spec.name, variant.label, arch, registers, built.metadata.shared, spills, instruction(built.asm["ptx"]))
-    return Row(**{**vars(row), "fault": fault(row, built.asm["ttgir"], "tl.dot" in spec.kernel.src, spill_limit)})
+    cubin, tensor_core = built.asm["cubin"], instruction(built.asm["ptx"])
+    registers, spills = usage_of_cubin(cubin)
+    row = Row(spec.name, variant.label, arch, registers, built.metadata.shared, spills, tensor_core)
+    if machine_code:
+        row = replace(row, instructions=read_cubin(cubin, f"sm_{arch}").instructions)
+    meant_for = variant.tensor_core.get(arch, "mma") if "tl.dot" in spec.kernel.src else ""
+    limit, k_width = max(spill_limit, variant.spills), variant.k_width.get(arch, 2)
+    return replace(row, fault=fault(row, built.asm["ttgir"], meant_for, limit, k_width))
 
 
-def fault(row: Row, ttgir: str, has_dot: bool, spill_limit: int) -> str:
-    """Why a compiled kernel is not good enough, or nothing."""
+def compile_all(
+    architectures: Sequence[int], jobs: int | None = None, spill_limit: int = 0, machine_code: bool = False
+) -> list[Row]:
+    """Every specialisation, for those of the architectures that it is for."""
+    tasks = [
+        (name, i, arch)
+        for name, spec in specs().items()
+        for arch in architectures
+        for i, variant in enumerate(spec.variants)
+        if arch in variant.architectures
+    ]
+    # Fresh processes, for a forked one would share the compiler's state.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(compile_one, *task, spill_limit, machine_code) for task in tasks]
+        return [f.result() for f in futures]
+
+
+def fault(row: Row, ttgir: str, meant_for: str, spill_limit: int, k_width: int = 2) -> str:
+    """Why a compiled kernel is not good enough, or nothing; ``meant_for``: its tensor-core instruction, if any."""
+    code = Code(row.kernel, f"sm_{row.arch}", row.registers, row.spills, row.shared, row.instructions)
     if row.spills > spill_limit:
         return f"spills {row.spills} bytes, more than {spill_limit}"
     if row.shared > SHARED_LIMIT[row.arch]:
         return f"needs {row.shared} bytes of shared memory, more than {SHARED_LIMIT[row.arch]}"
-    if has_dot and not row.tensor_core:
-        return "does not use the tensor cores"
-    # With another kWidth a thread holds more than two neighbouring k, and one mma no longer takes 16 consecutive k.
-    widths = set(re.findall(r"kWidth = (\d+)", ttgir)) - {"2"}
+    if {i.split(" ")[0] for i in row.tensor_core.split(", ")} != {meant_for}:
+        return f"is meant for {meant_for or 'no tensor core'}, and its PTX has {row.tensor_core or 'none'}"
+    found = [i for i in TENSOR_CORE if code.count(i)]
+    if row.instructions and found != ([MACHINE_CODE[meant_for]] if meant_for else []):
+        return f"is meant for {meant_for or 'no tensor core'}, and its machine code has {' and '.join(found) or 'none'}"
+    if atomics := float_atomics(code):
+        return f"adds in the order of arrival: {', '.join(atomics)}"
+    # With another kWidth a thread holds other neighbouring k, and one mma takes other 16 than the recipe says.
+    widths = set(re.findall(r"kWidth = (\d+)", ttgir)) - {str(k_width)}
     return f"kWidth {', '.join(sorted(widths))}: k is not in order" if widths else ""
 
 
 def instruction(ptx: str) -> str:
     """The tensor-core instructions of a kernel, by shape."""
     found = set(re.findall(r"(wgmma|mma)\.(?:mma_async\.)?sync\.aligned\.(m\d+n\d+k\d+)", ptx))
+    found |= set(re.findall(r"(tcgen05)\.(mma)\.", ptx))
     return ", ".join(sorted(f"{kind} {shape}" for kind, shape in found))
-
-
-def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """(registers per thread, bytes of local memory per thread) by the cuobjdump that Triton ships."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("STACK", "LOCAL"))
-    return int(re.search(r"REG:(\d+)", text)[1]), stack + local
 
 
 def summary(rows: list[Row]) -> Iterator[str]:
@@ -120,15 +145,11 @@ def summary(rows: list[Row]) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--verbose", action="store_true", help="one line per specialisation")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--arch", type=int, nargs="+", default=sorted(SHARED_LIMIT), choices=sorted(SHARED_LIMIT))
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--spill-limit", type=int, default=0, help="bytes per thread")
     options = parser.parse_args()
-    tasks = [(name, i, arch) for name, spec in specs().items() for arch in options.arch for i in range(len(spec.variants))]
-    # Fresh processes, for a forked one would share the compiler's state.
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(compile_one, *task, options.spill_limit) for task in tasks]
-        rows = [f.result() for f in futures]
+    rows = compile_all(options.arch, options.jobs, options.spill_limit)
     if options.verbose:
         for r in rows:
             taken = f"{r.registers:3} registers, {r.shared:6} B shared, {r.spills} B spilled; {r.tensor_core or '-'}"

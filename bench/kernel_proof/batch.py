@@ -56,16 +56,12 @@ def prove(place: Place, tally: Tally, layers: tuple[Trial, ...] = LAYERS) -> Non
         with tally.guard("a row alone is its replay", trial):
             w = weight(trial, place.device)
             packed, x = kernel.pack(w), activations(trial, place.device)
-            alone = torch.cat([run_alone(place, kernel, x[r : r + 1], packed) for r in range(len(x))])
+            alone = torch.cat([place.run(kernel, x[r : r + 1], packed) for r in range(len(x))])
             rows = torch.arange(0, len(x), max(1, len(x) // REPLAYED), device=place.device)
             said = recipe(NAME, Problem.of(w, len(rows)), place.gpu)
             tally.compare("a row alone is its replay", trial, alone[rows], replay(said, x[rows], w, engine=place.engine))
             _batches(place, tally, kernel, packed, (trial, i), x, alone, share)
     tally.complete = not tally.left_out
-
-
-def run_alone(place: Place, kernel: Kernel, row: Tensor, packed: Packed) -> Tensor:
-    return place.run(kernel, row, packed)
 
 
 def _batches(

@@ -67,6 +67,11 @@ def shuffled(count: int, seed: int, device: torch.device) -> Tensor:
     return torch.argsort(hashed((count,), seed, device), stable=True)
 
 
+def power(exponent: Tensor) -> Tensor:
+    """2 to an exponent of -126 to 127, fp32: put together, since not every device's ``pow`` is exact."""
+    return ((exponent + 127) << 23).to(torch.int32).view(torch.float32)
+
+
 def weight(trial: Trial, device: torch.device) -> Int4Weight:
     """The trial's weight. A ``cancel`` weight's row K - 1 - k is its row k."""
     k, n, seed, dtype = trial.K, trial.N, 1_000 * trial.seed, DTYPES[trial.dtype]
@@ -84,7 +89,7 @@ def weight(trial: Trial, device: torch.device) -> Int4Weight:
     exponent = -6 - h % 3
     if trial.values == "wide":
         exponent = exponent - hashed((n,), seed + 3, device) % 9
-    scales = torch.ldexp(1 + (h >> 12 & 1023).float() / 1024, exponent.to(torch.int32)).to(dtype)
+    scales = ((1 + (h >> 12 & 1023).float() / 1024) * power(exponent)).to(dtype)
     if trial.values == "cancel":
         codes, zeros, scales = (torch.cat([t[: -(-len(t) // 2)], t[: len(t) // 2].flip(0)]) for t in (codes, zeros, scales))
     index = sequential_groups(k, group, device)
@@ -107,7 +112,7 @@ def activations(trial: Trial, device: torch.device) -> Tensor:
         value = (total - 2 * 65535).float() / 65536  # 19 bits, exact
         if trial.values == "wide":
             row = torch.arange(top, top + rows, device=device)
-            value = torch.ldexp(value, (row * 5 % 13 - 9).to(torch.int32)[:, None])
+            value = value * power(row * 5 % 13 - 9)[:, None]
         x[top : top + rows] = value.to(dtype)
     if trial.values == "cancel":
         x[:, k // 2 :] = -x[:, : -(-k // 2)].flip(1)[:, -(k - k // 2) :]

@@ -13,9 +13,10 @@ from bench.kernel_proof.inputs import Trial, activations, weight
 from bench.kernel_proof.place import Place
 from bench.kernel_proof.saved import Record, Saved
 from bench.kernel_proof.tally import Tally
-from qlab.backends.registry import Problem
+from qlab.backends.registry import Packed, Problem
 from qlab.compare import differing
 from qlab.serial import write_json
+from qlab.weights import Int4Weight
 
 OURS = "cuda.marlin"
 EDGES = (1, 8, 9, 16, 17, 48, 64, 65, 100, 128, 200, 256, 512, 1000, 2, 4, 15, 32, 33, 49, 63, 127, 129, 320, 1023, 1024, 1100)
@@ -33,8 +34,8 @@ REAL = 9
 """Every so-many-th weight is a real layer's."""
 FIRST_SHARE = 0.55
 """Of the time for the first process."""
-ASSET = 64
-"""Problems whose digests are kept for the tests."""
+ASSET, SMALL = 64, 1 << 29
+"""Problems, about, whose digests are kept for the tests, and products of the largest."""
 WITH_BITS = 16
 
 
@@ -55,8 +56,11 @@ def trials(count: int) -> Iterator[Trial]:
             group = 64
         values = VALUES[int(random.integers(3))]
         most = LARGEST if k * n <= MOST else 300
-        for j in range(min(SHARED, count - SHARED * i)):
-            m = next(edges) if j < 4 else int(random.integers(1, most + 1))
+        rows: list[int] = []
+        while len(rows) < min(SHARED, count - SHARED * i):
+            m = next(edges) if len(rows) < 4 else int(random.integers(1, most + 1))
+            rows += [m] * (m not in rows)
+        for m in rows:
             yield Trial(m, k, n, group, DTYPES[i // 3 % 2], form, values, i)
 
 
@@ -67,8 +71,8 @@ def prove(place: Place, tally: Tally, out: Path, check: saved.Check = saved.in_a
     planned = list(trials(place.problems))
     ours = place.kernel(OURS)
     tally.kernels[OURS] = ours.version()
-    held: tuple[Trial, object] | None = None
-    stored = 0
+    other, stored = place.kernel("cuda.split"), 0
+    held: tuple[Trial, Int4Weight, Packed, Packed] | None = None
     for number, trial in enumerate(planned):
         if place.over(FIRST_SHARE):
             tally.skip(f"{claim}: no time left", len(planned) - number)
@@ -82,22 +86,20 @@ def prove(place: Place, tally: Tally, out: Path, check: saved.Check = saved.in_a
                     support = kernel.supports(Problem.of(w, trial.M), place.device)
                     if not support.ok:
                         raise RuntimeError(f"{kernel.name}: {support.reason}")
-                other = place.kernel("cuda.split")
-                held = trial.rows(0), (w, ours.pack(w), theirs.pack(w), other)
+                held = trial.rows(0), w, ours.pack(w), theirs.pack(w)
                 tally.kernels.setdefault(theirs.name, theirs.version())
-            w, packed, packed_theirs, other = held[1]  # type: ignore[misc]
+            _, w, packed, their_packed = held
             x = activations(trial, place.device)
-            want = theirs.run(x, packed_theirs)
+            want = theirs.run(x, their_packed)
             y = place.run(ours, x, packed)
             tally.compare(claim, trial, y, want)
             made = saved.record(trial, x, w, want, stored < WITH_BITS)
             stored += bool(made.bits)
             records.append(made)
             if trial.values == "cancel" and trial.M <= 64:
+                changed = differing(place.run(other, x, packed), want)
                 tally.fact("outputs of sums that cancel", want.numel())
-                tally.fact(
-                    "of these, outputs that the order of cuda.split changes", differing(place.run(other, x, packed), want)
-                )
+                tally.fact("of these, outputs that the order of cuda.split changes", changed)
     said = Saved(saved.SCHEMA, place.gpu.key, tally.kernels.get("vllm.marlin.awq", ""), tuple(records))
     write_json(out, said)
     write_json(out.with_name(f"{out.stem}-small.json"), Saved(said.schema, said.gpu, said.source, small(records)))
@@ -111,9 +113,11 @@ def prove(place: Place, tally: Tally, out: Path, check: saved.Check = saved.in_a
 
 
 def small(records: list[Record]) -> tuple[Record, ...]:
-    """The cheapest problems of each dtype and form in turn."""
+    """Of each dtype and form as many, from the cheapest problem to one of SMALL products."""
     kinds: dict[tuple[str, str], list[Record]] = {}
     for r in sorted(records, key=lambda r: (r.trial.products, str(r.trial))):
-        kinds.setdefault((r.trial.dtype, r.trial.form), []).append(r)
-    dealt = [r for i in range(ASSET) for found in kinds.values() for r in found[i : i + 1]]
-    return tuple(dealt[:ASSET])
+        if r.trial.products <= SMALL:
+            kinds.setdefault((r.trial.dtype, r.trial.form), []).append(r)
+    each = -(-ASSET // max(1, len(kinds)))
+    places = {kind: sorted({i * (len(found) - 1) // max(1, each - 1) for i in range(each)}) for kind, found in kinds.items()}
+    return tuple(kinds[kind][i] for kind, chosen in places.items() for i in chosen)

@@ -75,8 +75,8 @@ class Part:
 
     @property
     def good(self) -> bool:
-        """Whether something was compared, nothing differed and nothing failed."""
-        return not self.error and self.failures == 0 and any(c.problems for c in self.claims)
+        """Whether each claim was compared with something, nothing differed and nothing failed."""
+        return not self.error and not self.failures and bool(self.claims) and all(c.problems for c in self.claims)
 
 
 @dataclass(frozen=True)

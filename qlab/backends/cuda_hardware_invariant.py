@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qlab.backends.registry import YES, Kernel, Packed, Problem, Support, register
 from qlab.backends.vllm_kernel import first, needs
-from qlab.gemm import hardware_invariant
+from qlab.gemm import hardware_invariant, launch
 from qlab.packing import fragments
 from qlab.weights import ACTIVATION_DTYPES, Int4Weight
 
@@ -34,7 +34,7 @@ class HardwareInvariant(Kernel):
 
     def pack(self, weight: Int4Weight) -> Packed:
         t = fragments.pack(weight)
-        return Packed({"blocks": t.blocks, "perm": t.perm}, Problem.of(weight, 0))
+        return Packed({"blocks": launch.written(t.blocks), "perm": t.perm}, Problem.of(weight, 0))
 
     def run(self, x: Tensor, packed: Packed) -> Tensor:
         return hardware_invariant.run(x, packed.tensors, packed.problem)

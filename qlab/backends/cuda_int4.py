@@ -50,7 +50,7 @@ class CudaInt4(Kernel):
             where = f"weight {weight.name!r}: " if weight.name else ""
             raise PackingError(f"{where}{self.name} cannot run it: {why}")
         t = fragments.pack(weight)
-        return Packed({"blocks": t.blocks, "column_scales": t.column_scales, "perm": t.perm}, problem)
+        return Packed({"blocks": launch.written(t.blocks), "column_scales": t.column_scales, "perm": t.perm}, problem)
 
     def run(self, x: Tensor, packed: Packed) -> Tensor:
         return launch.run(x, packed.tensors, packed.problem, self.planner)

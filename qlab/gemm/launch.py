@@ -103,7 +103,7 @@ def run(x: Tensor, tensors: Mapping[str, Tensor], problem: Problem, planner: Pla
     """y [M, N] for x [M, K] and a weight in the ``fragments`` layout (``blocks``, ``column_scales``, ``perm``).
 
     ``problem`` is the weight's, with M = 0; ``planner`` makes a plan for an M and is hashable. ``overlap``: whether a launch
-    may load weights while the kernel before it still runs, where the GPU can. Raises UnsupportedError for an x that
+    may load the weight while the kernel before it still runs, where the GPU can; that kernel must not write it. Raises UnsupportedError for an x that
     does not fit the weight and where the kernels cannot run.
     """
     check_x(x, problem, tensors["blocks"].device)
@@ -133,6 +133,13 @@ def run(x: Tensor, tensors: Mapping[str, Tensor], problem: Problem, planner: Pla
             how = _cuda.Int4Launch(launch.blocks, launch.cut, launch.cluster, launch.share, early, stream)
             _cuda.run_int4(launch.variant.number, operands, how)
     return y
+
+
+def written(blocks: Tensor) -> Tensor:
+    """``blocks``, once the GPU has written them: later launches load a weight before the kernels ahead of them have ended."""
+    if blocks.is_cuda:
+        torch.cuda.current_stream(blocks.device).synchronize()
+    return blocks
 
 
 def check_x(x: Tensor, problem: Problem, device: torch.device) -> None:

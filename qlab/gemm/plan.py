@@ -104,7 +104,8 @@ def make_plan(
     """The launches for x [M, K], M at least 1, on ``gpu``.
 
     ``wish`` names a variant's kernel, rows, columns or total (0 or 1), which is followed where such tiles fit, and the size of
-    clusters that join a tile; 0 keeps to the workspace. Raises UnsupportedError with the reason where a scheme cannot be planned.
+    clusters that join a tile; 0 keeps to the workspace. Raises UnsupportedError with the reason where a scheme cannot be
+    planned.
     """
     if why := refusal(scheme, problem, gpu):
         raise UnsupportedError(f"the INT4 kernels cannot execute this scheme: {why}")

@@ -9,8 +9,11 @@ from qlab.gemm.plan import Plan, make_plan
 from qlab.gemm.tiles import Variant
 from qlab.hardware import Gpu
 from qlab.recipes import scheme_of, tuned
-from qlab.recipes.rules import Ranges
+from qlab.recipes.cuda_int4 import cut
 from qlab.recipes.scheme import Scheme
+
+SLICED = ("cuda.split", "cuda.batch_invariant")
+"""Kernels whose cut of K the table decides."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,9 @@ class Planner:
     def scheme(self, problem: Problem, gpu: Gpu) -> Scheme:
         """What a problem with an M computes. Raises UnsupportedError where the kernel does not run it."""
         scheme = scheme_of(self.kernel, problem, gpu)
-        if self.choice is None or not isinstance(scheme.cut, Ranges):
+        if self.choice is None or self.kernel not in SLICED:
             return scheme
-        slices = tuned.ranges(problem.K, self.choice.slices)
-        return replace(scheme, cut=replace(scheme.cut, ranges=slices))
+        return replace(scheme, cut=cut(self.choice, problem.M, problem.K, problem.N))
 
     def __call__(self, problem: Problem, gpu: Gpu, variants: tuple[Variant, ...]) -> Plan:
         choice = self.choice or tuned.choice(self.kernel, gpu.key, problem.M, problem.K, problem.N)

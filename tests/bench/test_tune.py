@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from bench import tune
@@ -24,7 +26,8 @@ def result(kernel: str, *rows: Measured) -> Result:
     return Result(tune.SCHEMA, True, here, "h200", kernel, "float16", 128, False, 4e12, {"torch": "2"}, 1.0, {}, rows)
 
 
-def test_the_chosen_one_is_written_and_other_shapes_stay() -> None:
+def test_the_chosen_one_is_written_and_other_shapes_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "LEAST_TRIED", 1)
     old = (tuned.Entry(4096, 4096, 1, 9, {}), tuned.Entry(8192, 4096, 1, 7, {}))
     rows = (measured(1, 1, 3.0), measured(1, 2, 2.0, 2.1), measured(1, 4, 2.1, 2.0, True), measured(1, 8, None))
     entries = tune.entries(result("triton.w4a16", *rows), old)
@@ -32,8 +35,9 @@ def test_the_chosen_one_is_written_and_other_shapes_stay() -> None:
     assert entries[1].config == {"block_m": 64}
 
 
-def test_one_recipe_for_every_m() -> None:
+def test_one_recipe_for_every_m(monkeypatch: pytest.MonkeyPatch) -> None:
     """2 slices lose 10% at each M, 1 and 4 lose more at one of them."""
+    monkeypatch.setattr(tune, "LEAST_TRIED", 1)
     rows = [
         *(measured(1, 1, 2.0), measured(1, 2, 1.1), measured(1, 4, 1.0, 1.0, True)),
         *(measured(64, 1, 1.0, 1.0, True), measured(64, 2, 1.1), measured(64, 4, 2.0)),
@@ -41,6 +45,22 @@ def test_one_recipe_for_every_m() -> None:
     entries = tune.entries(result("cuda.batch_invariant", *rows))
     assert [(e.rows, e.slices) for e in entries] == [(1, 2), (64, 2)]
     assert [e.slices for e in tune.entries(result("cuda.split", *rows))] == [4, 1]
+
+
+def test_too_few_candidates_give_the_usual_tile() -> None:
+    some = [measured(1, s, 1.0 + s, 1.0 + s, s == 1) for s in (1, 2, 4, 8)]
+    split = tune.entries(result("cuda.split", *some, measured(4096, 4, 1.0, 1.0, True)))
+    assert [(e.rows, e.slices, e.config.get("rows")) for e in split] == [(1, 1, None), (4096, 1, 128)]
+    other = [replace(o, chosen=False) for o in some[1:]]
+    one = tune.entries(result("cuda.batch_invariant", *other, measured(1, 16, 9.0, 9.0, True), measured(4096, 4, 1.0)))
+    assert [(e.rows, e.slices, e.config.get("total")) for e in one] == [(1, 2, None), (4096, 2, 1)]
+
+
+def test_a_log_serves_the_kernel_that_runs_the_same_code() -> None:
+    log = result("cuda.split", measured(1, 1, 1.0, 1.0, True))
+    assert tune.relabelled(log, "cuda.batch_invariant").kernel == "cuda.batch_invariant"
+    with pytest.raises(QlabError, match=r"the log is of cuda\.split"):
+        tune.relabelled(log, "triton.w4a16")
 
 
 def test_no_common_slices() -> None:

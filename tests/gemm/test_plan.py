@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from qlab.gemm.planner import Planner
 from qlab.hardware import Gpu, gpu
 from qlab.inputs import random_activations, random_weight
 from qlab.recipes import DEFAULT, assemble, marlin, tuned
+from qlab.recipes.cuda_int4 import Striped
 from qlab.recipes.rules import Ranges, Warps
 from qlab.recipes.scheme import Partial, Scheme
 from qlab.replay import missing, replay
@@ -189,7 +191,8 @@ def test_chains_and_both_orders_of_joining(chains, order) -> None:
         assert (cluster.cluster, memory.cluster) == (slices, 1)
         assert (cluster.workspace, bool(memory.workspace)) == (0, slices > 1)
         assert default.cluster == (2 if slices == 2 else 1)
-        assert [x.share for x in (cluster, memory)] == [False, slices > 1 and m > 16], "thread blocks of mma.sync's kernel do not wait"
+        # Thread blocks of mma.sync's kernel do not wait for each other.
+        assert [x.share for x in (cluster, memory)] == [False, slices > 1 and m > 16]
 
 
 @needs_native
@@ -372,3 +375,15 @@ def test_a_planted_fault_shows(fault) -> None:
     except AssertionError:
         return
     assert not torch.equal(found, want)
+
+
+@needs_native
+@pytest.mark.parametrize(("m", "n", "sms"), [(40, 600, 4), (300, 520, 4), (150, 264, 16), (64, 256, 132)])
+def test_stripes_of_our_own_are_their_replay(m, n, sms) -> None:
+    weight, on = made(1152, n, 128), replace(H100, sms=sms)
+    scheme = Scheme.on(on, Striped(m, 1152, n, 64, 256))
+    (launch,) = agree(scheme, weight, m, on, rows=64, columns=256).launches
+    assert launch.variant[:3] == ("wgmma", 64, 256)
+    work = np.array([launch.pieces[a:b, 4] - launch.pieces[a:b, 3] for a, b in pairwise(launch.starts)], dtype=object)
+    assert launch.blocks <= sms
+    assert max(w.sum() for w in work) <= -(-9 * -(-m // 64) * -(-n // 256) // sms) * 128

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -14,7 +12,7 @@ from qlab.triton_kernels import w4a16
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tests.cross_compile import resource_usage
+from bench.machine_code import cuobjdump, read_cubin
 
 LINE = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)([^;]*);")
 
@@ -47,36 +45,73 @@ def facts(
     )
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, spills = resource_usage(built.asm["cubin"])
+    code = read_cubin(built.asm["cubin"], f"sm_{arch}")
+    loop = main_loop(disassembly(built.asm["cubin"]))
     return {
-        "registers": registers,
-        "spills": spills,
+        "registers": code.registers,
+        "spills": code.local,
         "shared": built.metadata.shared,
         "k_widths": sorted(set(re.findall(r"kWidth = (\d+)", built.asm["ttgir"]))),
-        "loop": dict(Counter(_kind(op) for op in main_loop(disassembly(built.asm["cubin"])))),
+        "loop": dict(Counter(_kind(op) for op, _ in loop)),
+        "overwritten": overwritten(loop),
     }
 
 
 def disassembly(cubin: bytes) -> list[tuple[int, str, str]]:
     """(address, operation, operands) of every instruction."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        text = cuobjdump("--dump-sass", file.name)
     return [(int(address, 16), op, rest) for address, op, rest in LINE.findall(text)]
 
 
-def main_loop(code: list[tuple[int, str, str]]) -> list[str]:
-    """The operations of the longest loop with a tensor-core instruction."""
-    best: list[str] = []
+def main_loop(code: list[tuple[int, str, str]]) -> list[tuple[str, str]]:
+    """The operations of the longest loop with a tensor-core instruction, and their operands."""
+    best: list[tuple[str, str]] = []
     for i, (address, op, rest) in enumerate(code):
         target = re.search(r"(0x[0-9a-f]+)\s*$", rest.strip())
         if op.startswith("BRA") and target and int(target[1], 16) < address:
-            body = [o for a, o, _ in code[: i + 1] if a >= int(target[1], 16)]
-            if any("GMMA" in o or "HMMA" in o for o in body) and len(body) > len(best):
+            body = [(o, r) for a, o, r in code[: i + 1] if a >= int(target[1], 16)]
+            if any("GMMA" in o or "HMMA" in o for o, _ in body) and len(body) > len(best):
                 best = body
     return best
+
+
+def overwritten(loop: list[tuple[str, str]]) -> list[str]:
+    """Instructions that write a register which a wgmma, of this step or the one before, may still have to read.
+
+    A wgmma is asynchronous: its left operand's registers are free when a wait leaves fewer groups pending than were committed
+    (``gsb0``) since its own, that one included. The loop is followed once around from each wgmma.
+    """
+    found = []
+    for i, (op, rest) in enumerate(loop):
+        left = re.match(r"\s*R\d+, R(\d+), gdesc", rest)
+        if not op.startswith("HGMMA") or not left:
+            continue
+        operand = range(int(left[1]), int(left[1]) + 4)
+        committed = int("gsb0" in rest)
+        for later, operands in (*loop[i + 1 :], *loop[: i + 1]):
+            if later.startswith("WARPGROUP.DEPBAR"):
+                if committed > int(operands.rpartition("0x")[2], 16):
+                    break
+            elif later.startswith("HGMMA"):
+                committed += "gsb0" in operands
+            elif any(r in operand for r in _written(later, operands)):
+                found.append(f"{later}{operands}")
+                break
+        else:
+            found.append(f"no wait for {op}{rest}")
+    return found
+
+
+def _written(op: str, operands: str) -> range:
+    """Registers that an instruction writes: of its first operand, or of its second where the first is a predicate."""
+    target = re.match(r"\s*(?:U?P(?:\d|T), )?R(\d+)\b", operands)
+    if target is None or "SETP" in op or op.startswith(("ST", "LDGSTS", "BAR", "RED")):
+        return range(0)
+    width = 4 if ".128" in op or op.endswith(".4") else 2 if ".64" in op or "WIDE" in op or op.endswith(".2") else 1
+    return range(int(target[1]), int(target[1]) + width)
 
 
 def _kind(op: str) -> str:

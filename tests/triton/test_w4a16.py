@@ -20,7 +20,7 @@ from qlab.backends.registry import Problem, kernel
 from qlab.hardware import detect, gpu
 from qlab.inputs import random_activations, random_weight
 from qlab.packing import wgmma_rows
-from qlab.recipes import assemble, scheme_of, tuned
+from qlab.recipes import DEFAULT, assemble, scheme_of, tuned
 from qlab.recipes.rules import Ranges
 from qlab.recipes.tuned import Choice
 from qlab.replay import replay
@@ -109,8 +109,24 @@ def test_recipe() -> None:
     for key, width in (("h100", 2), ("a100", 4)):
         scheme = scheme_of(NAME, problem, gpu(key))
         assert (scheme.k_width, scheme.rows, scheme.order, scheme.weights) == (width, "sorted", "ascending", "rounded")
+    later = replace(DEFAULT, triton="3.8.0")
+    assert scheme_of(NAME, problem, gpu("a100"), later).k_width == 2
+    assert scheme_of(NAME, replace(problem, symmetric=True), gpu("a100"), later).k_width == 4
     with pytest.raises(Exception, match=r"compute capability 10\.0"):
         scheme_of(NAME, problem, gpu("b200"))
+
+
+def test_the_recipe_takes_k_as_the_code_is_compiled() -> None:
+    """By the installed Triton: what tests/cross_compile.py holds each specialisation to."""
+    import triton
+    from qlab.triton_kernels import w4a16
+
+    build = replace(DEFAULT, triton=triton.__version__)
+    for v in w4a16.SPEC.variants:
+        symmetric = bool(v.constants["SYMMETRIC"])
+        problem = Problem(16, 4096, 256, 128, torch.float16, symmetric, False)
+        for key, arch in (("a100", 80), ("h100", 90)):
+            assert scheme_of(NAME, problem, gpu(key), build).k_width == v.k_width.get(arch, 2), f"{v.label} on {key}"
 
 
 # -- the inline PTX, executed in Python --------------------------------------------------------------------------------------
@@ -205,23 +221,31 @@ CODE = [
     {"block_m": 16, "block_n": 64, "warps": 4, "stages": 4, "symmetric": True, "r": 2},
     {"block_m": 16, "block_n": 128, "warps": 4, "stages": 4, "r": 4},
     {"block_m": 64, "block_n": 128, "warps": 8, "stages": 4, "slices": 2},
+    {"block_m": 64, "block_n": 128, "warps": 8, "stages": 3, "slices": 1},
     {"block_m": 128, "block_n": 128, "warps": 8, "stages": 3, "slices": 1, "symmetric": True, "dtype": "bf16"},
     {"block_m": 256, "block_n": 128, "warps": 8, "stages": 3, "slices": 1},
+    {"block_m": 256, "block_n": 128, "warps": 8, "stages": 3, "r": 4},
 ]
 
 
-@pytest.fixture(scope="module")
-def code(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def compiled(options: list[dict], cache: Path) -> list[dict]:
     """Facts about compiled kernels, from a process of its own, for this one may have chosen the interpreter."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    command = [sys.executable, "-c", COMPILE, json.dumps(CODE)]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-c", COMPILE, json.dumps(options)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.fixture(scope="module")
+def code(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return compiled(CODE, tmp_path_factory.mktemp("triton"))
+
+
 @pytest.mark.parametrize("index", range(len(CODE)), ids=lambda i: "-".join(map(str, CODE[i].values())))
 def test_machine_code(code: list[dict], index: int, record_property) -> None:
-    """wgmma with the weight from registers, nothing exchanged between threads in the loop, nothing spilled."""
+    """wgmma with the weight from registers, in the loop nothing exchanged between threads and nothing spilled."""
+    from qlab.triton_kernels.w4a16 import SPILLS
+
     found, asked = code[index], CODE[index]
     for name, value in found.items():
         record_property(name, value)
@@ -235,9 +259,40 @@ def test_machine_code(code: list[dict], index: int, record_property) -> None:
     rows = asked["block_n"] // 8 // asked["warps"]  # of a thread
     assert loop.get("PRMT", 0) <= 2 * rows * asked.get("r", 1)  # takes scales and zero points apart, never codes
     assert loop["LDGSTS.E.BYPASS.128"] >= 3
-    assert (found["spills"], found["k_widths"]) == (0, ["2"])
+    assert found["overwritten"] == []
+    assert found["spills"] <= SPILLS.get((asked["block_m"], asked.get("slices", 4) > 1), 0)
+    assert found["k_widths"] == ["2"]
     assert found["registers"] <= 255
     assert found["shared"] <= 232448
+
+
+def test_no_tile_that_is_tuned_overwrites_what_wgmma_reads(tmp_path: Path) -> None:
+    """Of every tile that bench.tune tries: a weight in registers stays until the tensor core has read it."""
+    from bench.tune_candidates import TRITON
+
+    names = ("block_m", "block_n", "warps", "stages")
+    tiles = [dict(zip(names, t, strict=True), slices=1) for t in dict.fromkeys(t for some in TRITON.values() for t in some)]
+    for asked, found in zip(tiles, compiled(tiles, tmp_path), strict=True):
+        assert any(i.startswith("HGMMA") for i in found["loop"]), asked
+        assert found["overwritten"] == [], asked
+
+
+def test_what_overwrites_is_found() -> None:
+    """Planted: a write before the wait, one behind the back edge, a wait that leaves the group pending, no wait at all."""
+    from tests.triton.machine_code import overwritten
+
+    wgmma, late = ("HGMMA.64x64x16.F32", " R24, R80, gdesc[UR8], R24, gsb0"), ("WARPGROUP.DEPBAR.LE", " gsb0, 0x1")
+    wait, write = ("WARPGROUP.DEPBAR.LE", " gsb0, 0x0"), ("LDS.128", " R80, [R56+0xc000]")
+    assert overwritten([write, wgmma, wait]) == overwritten([wgmma, wait, write]) == []
+    assert overwritten([("LDS.64", " R78, [R56]"), wgmma, ("STS.128", " [R3], R80"), wait]) == []
+    for loop in (
+        [wgmma, write, wait],
+        [write, wait, wgmma],
+        [write, wgmma, late],
+        [wgmma, ("IMAD.WIDE", " R82, R1, R2, R4"), wait],
+    ):
+        assert len(overwritten(loop)) == 1
+    assert overwritten([wgmma]) == ["no wait for HGMMA.64x64x16.F32 R24, R80, gdesc[UR8], R24, gsb0"]
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------------
