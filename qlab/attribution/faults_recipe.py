@@ -185,7 +185,7 @@ class Variants:
                 alike.setdefault(made.hash, (made, []))[1].append(g.key)
         for made, keys in alike.values():
             yield Variant(made, (Fault(OTHER_GPU, " or ".join(keys)),))
-        for name in builders():
+        for name in _names():
             if name != mine and (made := self._built(name, gpu)) is not None:
                 yield Variant(made, (Fault(OTHER_KERNEL, f"{name} for {mine}"),))
 
@@ -211,10 +211,15 @@ def _one(same: Sequence[Variant]) -> Variant:
     return Variant(same[0].recipe, first, tuple(others))
 
 
+def _names() -> list[str]:
+    """Kernels that have recipes, vLLM's first: one of ours that gives a kernel's bits is another name for it."""
+    return sorted(builders(), key=lambda name: not name.startswith("vllm."))
+
+
 def source(said: Recipe, problem: Problem) -> tuple[str, Gpu] | None:
     """The first registered kernel and GPU that have this recipe; GPUs with proved replays first."""
     for gpu in sorted(GPUS, key=lambda g: (not g.proved, g.key != "a100")):
-        for name in builders():
+        for name in _names():
             try:
                 if recipe(name, problem, gpu).hash == said.hash:
                     return name, gpu

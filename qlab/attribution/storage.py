@@ -9,7 +9,7 @@ from qlab.attribution.weight_difference import same_bits, stored_alike
 from qlab.backends import registry
 from qlab.backends.registry import Problem
 from qlab.lab.faults import Shards, diagnose
-from qlab.packing import awq, exllama, gptq, marlin
+from qlab.packing import awq, exllama, fragments, gptq, marlin, wgmma_rows
 from qlab.weights import Int4Weight
 
 _UNNAMED = "unnamed fault"
@@ -45,7 +45,7 @@ class RoundTrip:
 
     kernel: str
     storage: str
-    """``awq``, ``gptq``, ``exllama``, ``marlin``, or ``none``."""
+    """A module of qlab.packing, or ``none``."""
     exact: bool | None
     """Whether every bit comes back; None where nothing on this machine can read the storage."""
     text: str
@@ -95,9 +95,19 @@ def _marlin(weight: Int4Weight, kernel: registry.Kernel) -> Int4Weight:
     return marlin.unpack(marlin.pack(weight, kind), input_scale=weight.input_scale)
 
 
+def _fragments(weight: Int4Weight, kernel: registry.Kernel) -> Int4Weight:
+    return fragments.unpack(fragments.pack(weight), input_scale=weight.input_scale)
+
+
+def _wgmma_rows(weight: Int4Weight, kernel: registry.Kernel) -> Int4Weight:
+    return wgmma_rows.unpack(wgmma_rows.pack(weight), input_scale=weight.input_scale)
+
+
 _LAYOUTS: dict[str, Callable[[Int4Weight, registry.Kernel], Int4Weight]] = {
     "awq": _awq,
     "gptq": _gptq,
     "exllama": _exllama,
     "marlin": _marlin,
+    "fragments": _fragments,
+    "wgmma_rows": _wgmma_rows,
 }

@@ -103,8 +103,8 @@ def run(x: Tensor, tensors: Mapping[str, Tensor], problem: Problem, planner: Pla
     """y [M, N] for x [M, K] and a weight in the ``fragments`` layout (``blocks``, ``column_scales``, ``perm``).
 
     ``problem`` is the weight's, with M = 0; ``planner`` makes a plan for an M and is hashable. ``overlap``: whether a launch
-    may load the weight while the kernel before it still runs, where the GPU can; that kernel must not write it. Raises UnsupportedError for an x that
-    does not fit the weight and where the kernels cannot run.
+    may load the weight while the kernel before it still runs, where the GPU can; that kernel must not write it. Raises
+    UnsupportedError for an x that does not fit the weight and where the kernels cannot run.
     """
     check_x(x, problem, tensors["blocks"].device)
     m = x.shape[0]

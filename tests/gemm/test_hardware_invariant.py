@@ -246,8 +246,8 @@ def test_planted_faults_show(fault: str, tmp_path: Path) -> None:
 
 def test_tiles_for_few_and_many_rows() -> None:
     among = emulated.TILES
-    chosen = {m: among[hardware_invariant.choose(m, 4096, 132, among)] for m in (1, 2, 8, 64, 4096)}
-    assert [chosen[m][0] for m in (1, 2, 8, 64, 4096)] == [1, 2, 8, 16, 16]
+    chosen = {m: among[hardware_invariant.choose(m, 4096, 132, among)] for m in (1, 2, 16, 64, 4096)}
+    assert [chosen[m][0] for m in (1, 2, 16, 64, 4096)] == [1, 2, 8, 16, 16]
     assert chosen[4096] == (16, 64)
 
 

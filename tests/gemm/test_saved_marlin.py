@@ -42,7 +42,7 @@ def test_every_kind_is_there(saved: Saved) -> None:
     assert len(saved.records) >= 60
     kinds = {(r.trial.dtype, r.trial.form) for r in saved.records}
     assert kinds == {(d, f) for d in ("fp16", "bf16") for f in ("awq", "gptq", "act_order")}
-    assert sum(bool(r.bits) for r in saved.records) >= 4
+    assert sum(bool(r.bits) for r in saved.records) >= 3
 
 
 @needs_native
