@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -28,7 +27,6 @@ OWN: dict[str, tuple[Gpu, tuple[str, ...]]] = {
 }
 """Steps of random_programs that each GPU's tensor cores compute."""
 SHAPES = ["128 x 256", "128 x 128", "64 x 128", "32 x 128", "16 x 128"]
-ROOT = Path(__file__).resolve().parents[2]
 needs_native = pytest.mark.skipif(bool(native.reason()), reason=native.reason() or "native engine is here")
 needs_cuda = pytest.mark.skipif(bool(tensor_cores.reason()), reason=tensor_cores.reason() or "the engine is here")
 
