@@ -19,12 +19,10 @@ ELSEWHERE = "h200"
 """The GPU whose table the interpreter reads."""
 
 
-class W4A16(TritonKernel):
-    """Tensor cores take the decoded weight from registers; slices of K are joined by the last thread block of a tile."""
+class WgmmaRows(TritonKernel):
+    """What both kernels of the layout share: it holds every weight."""
 
-    name = "triton.w4a16"
     layout = "wgmma_rows"
-    note = "as many slices as are fastest; fp32 sums of slices of K, joined in fp32 in order, rounded once"
 
     def cannot_hold(self, problem: Problem) -> str:
         return ""
@@ -32,6 +30,13 @@ class W4A16(TritonKernel):
     def pack(self, weight: Int4Weight) -> Packed:
         t = wgmma_rows.pack(weight)
         return Packed({"codes": t.codes, "scales": t.scales, "perm": t.perm}, Problem.of(weight, 0))
+
+
+class W4A16(WgmmaRows):
+    """Tensor cores take the decoded weight from registers; slices of K are joined by the last thread block of a tile."""
+
+    name = "triton.w4a16"
+    note = "as many slices as are fastest; fp32 sums of slices of K, joined in fp32 in order, rounded once"
 
     def run(self, x: Tensor, packed: Packed) -> Tensor:
         p = packed.problem
@@ -46,19 +51,11 @@ class W4A16(TritonKernel):
         return code.w4a16(ordered, t["codes"], t["scales"], _layer(packed), **sliced)
 
 
-class W4A16Dequantize(TritonKernel):
+class W4A16Dequantize(WgmmaRows):
     """The weight decoded to memory, then PyTorch's matmul: for many rows of x."""
 
     name = "triton.w4a16.dequantize"
-    layout = "wgmma_rows"
     note = "decodes to memory, then torch.matmul"
-
-    def cannot_hold(self, problem: Problem) -> str:
-        return ""
-
-    def pack(self, weight: Int4Weight) -> Packed:
-        t = wgmma_rows.pack(weight)
-        return Packed({"codes": t.codes, "scales": t.scales, "perm": t.perm}, Problem.of(weight, 0))
 
     def run(self, x: Tensor, packed: Packed) -> Tensor:
         p, t = packed.problem, packed.tensors

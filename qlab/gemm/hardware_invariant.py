@@ -6,31 +6,20 @@ nothing waits for the GPU, so that calls can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlab.backends.registry import Problem
 from qlab.errors import UnsupportedError
+from qlab.extension import cuda_module
 from qlab.gemm.launch import check_x, readable
 from qlab.packing.fragments import scale_rows
 from qlab.recipes.hardware_invariant import slice_blocks
 
-_cuda: Any = None
-_MISSING = ""
-try:
-    _cuda = importlib.import_module("qlab._cuda")
-except ImportError as error:
-    _MISSING = f"qlab's CUDA module is not there ({error}); `QLAB_BUILD_CUDA=1 pip install -e .` builds it where nvcc is"
-else:
-    if not hasattr(_cuda, "run_hardware_invariant"):
-        _MISSING = (
-            "qlab's CUDA module was built before it had this kernel; build it again: `QLAB_BUILD_CUDA=1 pip install -e .`"
-        )
+_cuda, _MISSING = cuda_module("run_hardware_invariant", "this kernel")
 
 Tile = tuple[int, int]
 """Rows of x and columns of the weight."""

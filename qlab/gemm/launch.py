@@ -7,12 +7,10 @@ the first call with a shape copies its plan to the GPU and must come before the 
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,22 +18,13 @@ from torch import Tensor
 from qlab import hardware
 from qlab.backends.registry import Problem
 from qlab.errors import UnsupportedError
+from qlab.extension import cuda_module
 from qlab.gemm.plan import Launch, Plan
 from qlab.gemm.tiles import Variant
 from qlab.hardware import Gpu
 from qlab.packing.fragments import block_words, scale_rows
 
-_cuda: Any = None
-_MISSING = ""
-try:
-    _cuda = importlib.import_module("qlab._cuda")
-except ImportError as error:
-    _MISSING = f"qlab's CUDA module is not there ({error}); `QLAB_BUILD_CUDA=1 pip install -e .` builds it where nvcc is"
-else:
-    if not hasattr(_cuda, "run_int4"):
-        _MISSING = (
-            "qlab's CUDA module was built before it had INT4 kernels; build it again: `QLAB_BUILD_CUDA=1 pip install -e .`"
-        )
+_cuda, _MISSING = cuda_module("run_int4", "INT4 kernels")
 
 ALIGNMENT = 16
 """Bytes; x is read so many at a time."""

@@ -6,7 +6,6 @@ side; a second kernel joins them by the region's program. Nothing uses a tensor 
 
 from __future__ import annotations
 
-import importlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,15 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qlab.errors import QlabError, UnsupportedError
+from qlab.extension import cuda_module
 from qlab.replay.program import MAX_DEPTH, Kind, Op, Program
 from qlab.replay.step import MAX_FRACTION_BITS, MAX_TERMS
 
-_cuda: Any = None
-_MISSING = ""
-try:
-    _cuda = importlib.import_module("qlab._cuda")
-except ImportError as error:
-    _MISSING = f"qlab's CUDA module is not there ({error}); `QLAB_BUILD_CUDA=1 pip install -e .` builds it where nvcc is"
+_cuda, _MISSING = cuda_module("run_chains", "the replay engine")
 
 Int32 = NDArray[np.int32]
 RESULTS = 1 << 27
