@@ -6,7 +6,7 @@ Run on purpose only: the slices are part of the recipe, and another table gives 
 against float64 before it is timed, in CUDA graphs over copies of the weight that no cache holds (bench/timing.py): all of them
 briefly, then the best few in turn. A candidate whose kernel fails is left out, and the reason is shown.
 
-Shapes that were not tuned now keep their entries. ``--log`` writes all that was measured, ``--dry`` leaves the table alone.
+What was not tuned now keeps its entries. ``--log`` writes all that was measured, ``--dry`` leaves the table alone.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def _short(m: Measured) -> str:
 
 
 def entries(result: Result, kept: Sequence[tuned.Entry] = ()) -> tuple[tuned.Entry, ...]:
-    """The table: what was chosen, and of ``kept`` the shapes that were not tuned now.
+    """The table: what was chosen, and of ``kept`` what was not tuned now; with one recipe for every M, whole shapes of it.
 
     A kernel with one recipe for every M takes the slices with the smallest product of the medians over M, and for each M the
     best tile with those. Where fewer than LEAST_TRIED candidates were timed the table has what is usual (untried).
@@ -250,7 +250,8 @@ def entries(result: Result, kept: Sequence[tuned.Entry] = ()) -> tuple[tuned.Ent
                 continue
             best = next((o for o in some if o.chosen), None) or min(some, key=lambda o: o.median or 1.02 * (o.first or 0))
             fresh.append(tuned.Entry(k, n, m, best.slices, best.config))
-    return (*(e for e in kept if (e.k, e.n) not in done), *fresh)
+    new = {(e.k, e.n, e.rows) for e in fresh}
+    return (*(e for e in kept if ((e.k, e.n) not in done if one_recipe else (e.k, e.n, e.rows) not in new)), *fresh)
 
 
 def _one_count(counts: dict[int, list[Measured]]) -> int:

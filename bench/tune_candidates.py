@@ -10,6 +10,7 @@ from functools import partial
 from torch import Tensor
 
 from qlab.backends.registry import Packed, kernel
+from qlab.gemm.plan import MOST_CLUSTER
 from qlab.hardware import Gpu
 from qlab.recipes import tuned
 from qlab.recipes.tuned import Choice, Value
@@ -24,16 +25,25 @@ MOST_WAVES = 6
 TRITON = {
     16: ((16, 64, 4, 4), (16, 64, 4, 6), (16, 128, 4, 3), (16, 128, 4, 4), (16, 128, 4, 5), (16, 128, 8, 4)),
     32: ((32, 64, 4, 4), (32, 128, 4, 4), (32, 128, 8, 4)),
-    64: ((64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 8, 3), (64, 128, 8, 4)),
-    128: ((128, 64, 4, 4), (128, 128, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4)),
-    256: ((128, 128, 4, 3), (128, 128, 8, 3), (128, 256, 8, 3), (256, 64, 4, 2), (256, 128, 8, 2), (256, 128, 8, 3)),
+    64: ((64, 128, 4, 4), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 8, 3)),
+    128: ((128, 64, 4, 4), (128, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 3), (128, 128, 8, 3)),
+    256: ((128, 128, 4, 3), (256, 64, 4, 3), (128, 128, 8, 3), (256, 128, 8, 3), (128, 256, 8, 3), (128, 64, 4, 4)),
 }
 """Up to so many rows, and beyond: block_m, block_n, warps, stages."""
-USUAL = {16: (16, 64, 4, 4), 32: (32, 128, 4, 4), 64: (64, 128, 4, 3), 256: (128, 128, 8, 3), 257: (256, 128, 8, 3)}
+USUAL = {16: (16, 64, 4, 4), 32: (32, 64, 4, 4), 128: (64, 128, 4, 4), 129: (128, 128, 4, 3)}
 """Of those the ones that are taken unseen."""
 WASTE = 1.04
 """Waves of thread blocks over those that are needed, from which stripes are taken unseen."""
-CUDA_ROWS = {8: (8, 16), 16: (8, 16), 32: (32, 16), 64: (64, 32), 128: (128, 64), 256: (128, 64)}
+WGMMA = {
+    16: ((16, 128), (16, 256)),
+    32: ((32, 128), (32, 256), (16, 256)),
+    64: ((64, 128), (64, 256), (32, 256)),
+    128: ((128, 128), (128, 256), (64, 256)),
+    256: ((256, 128), (128, 256), (128, 128)),
+}
+"""Up to so many rows, and beyond: tile rows and columns."""
+PER_SM, MOST_FEW_ROWS, FEW_ROWS_SLICES = 4, 32, 5
+"""Of mma.sync's kernel: thread blocks of an SM, rows of x for which it is tried, numbers of slices that are."""
 
 
 def candidates(name: str, m: int, k: int, n: int, gpu: Gpu) -> Iterator[Choice]:
@@ -52,24 +62,34 @@ def triton(m: int, k: int, n: int, gpu: Gpu) -> Iterator[Choice]:
 
 def cuda(name: str, m: int, k: int, n: int, gpu: Gpu) -> Iterator[Choice]:
     """Variants by kernel, tile rows and columns; the launcher takes the nearest that it has, so some may be the same."""
-    row_counts = CUDA_ROWS[next((rows for rows in CUDA_ROWS if m <= rows), max(CUDA_ROWS))]
-    for family, columns in (("mma", (64, 128)), ("wgmma", (256, 128))):
-        if (family == "mma" and m > 64) or (family == "wgmma" and (m < 8 or gpu.capability != (9, 0))):
-            continue
-        for rows in row_counts:
-            if (rows > 16) if family == "mma" else (rows < 16):
-                continue
-            for width in columns:
-                config: dict[str, Value] = {"kernel": family, "rows": rows, "columns": width}
-                for slices in counts(k, -(-m // rows) * -(-n // width), gpu):
-                    yield Choice(slices, tuple(config.items()))
-                sms, tiles = gpu.sms, -(-m // rows) * -(-n // width)
-                if name == "cuda.split" and family == "wgmma" and rows >= 32 and tiles % sms:
-                    yield Choice(1, (*config.items(), ("striped", 1)))
-    if m > 64 and gpu.capability == (9, 0):  # all slices of a tile in turn
+    if m <= MOST_FEW_ROWS:
+        yield from _few_rows(name, m, k, n, gpu)
+    if m < 8 or gpu.capability != (9, 0):
+        return
+    for rows, width in next((tiles for most, tiles in WGMMA.items() if m <= most), WGMMA[max(WGMMA)]):
+        config: dict[str, Value] = {"kernel": "wgmma", "rows": rows, "columns": width}
+        tiles = -(-m // rows) * -(-n // width)
+        if name == "cuda.split" and rows >= 32 and tiles % gpu.sms:
+            yield Choice(1, (*config.items(), ("striped", 1)))
+        for slices in counts(k, tiles, gpu):
+            yield Choice(slices, tuple(config.items()))
+    if m > 64:  # all slices of a tile in turn
         for rows, width in ((64, 256), (128, 128)):
             for slices in (s for s in TOTAL_SLICES if k // s >= LEAST_ROWS):
                 yield Choice(slices, (("columns", width), ("kernel", "wgmma"), ("rows", rows), ("total", 1)))
+
+
+def _few_rows(name: str, m: int, k: int, n: int, gpu: Gpu) -> Iterator[Choice]:
+    """mma.sync: slices that keep :data:`PER_SM` thread blocks on every SM, in one wave first; joined by a cluster or not."""
+    rows = 8 if m <= 8 else 16
+    config: dict[str, Value] = {"kernel": "mma", "rows": rows, "columns": 64}
+    tiles, room = -(-m // rows) * -(-n // 64), PER_SM * gpu.sms
+    found = {len(tuned.ranges(k, s)) for s in range(1, 17) if s == 1 or k // s >= LEAST_ROWS}
+    for slices in sorted(found, key=lambda s: (tiles * s > room, abs(room - tiles * s)))[:FEW_ROWS_SLICES]:
+        for cluster in (0, slices) if 1 < slices <= MOST_CLUSTER else (0,):
+            yield Choice(slices, (*config.items(), ("cluster", cluster)))
+    if name == "cuda.split":
+        yield Choice(1, (*config.items(), ("striped", PER_SM)))
 
 
 def untried(name: str, m: int, k: int, n: int, slices: int = 0) -> Choice:
@@ -82,8 +102,9 @@ def untried(name: str, m: int, k: int, n: int, slices: int = 0) -> Choice:
     elif m > 64 and slices > 1:  # in turn, by tiles that have room for a total
         config = {"kernel": "wgmma", "rows": 128, "columns": 128, "total": 1}
     elif m > 64:
-        config = {"kernel": "wgmma", "rows": 128, "columns": 256}
-        waves = -(-m // 128) * -(-n // 256) / tuned.MANY_BLOCKS
+        rows, columns = (128, 256) if m <= 128 else (256, 128)
+        config = {"kernel": "wgmma", "rows": rows, "columns": columns}
+        waves = -(-m // rows) * -(-n // columns) / tuned.MANY_BLOCKS
         if name == "cuda.split" and -(-waves // 1) > WASTE * waves:
             config["striped"] = 1
     return Choice(found, tuple(config.items()))

@@ -34,6 +34,7 @@ struct Arguments {
     int* counters;
     const Piece* pieces;
     const int* starts;
+    int slices, slice_rows, tile_columns;  // where a thread block's piece follows from its number (piece_of); slice_rows 0: nowhere
     int m, n, k;
     int block_words, group_rows;  // words of a block; rows of scales in it
     int cut;                      // rows of K after which a thread block begins a new chain; 0: never
@@ -41,6 +42,16 @@ struct Arguments {
     bool share;                   // whether each thread block has one piece, and those of a tile share the join
     bool has_zeros, integer;
 };
+
+// Slice b % slices of the column tile b / slices, of all rows of x: known before any memory is read.
+__device__ __forceinline__ Piece piece_of(const Arguments& a, int i) {
+    if (a.slice_rows == 0) return a.pieces[i];
+    const int tile = i / a.slices, rank = i - tile * a.slices, k = rank * a.slice_rows;
+    return {0, a.m, tile * a.tile_columns, k, min(k + a.slice_rows, a.k), tile, tile * a.slices, rank << 16 | a.slices};
+}
+
+__device__ __forceinline__ int first_piece(const Arguments& a) { return a.slice_rows ? blockIdx.x : a.starts[blockIdx.x]; }
+__device__ __forceinline__ int behind_pieces(const Arguments& a) { return a.slice_rows ? blockIdx.x + 1 : a.starts[blockIdx.x + 1]; }
 
 __device__ __forceinline__ std::uint32_t and_or(std::uint32_t a, std::uint32_t mask, std::uint32_t bits) {
     std::uint32_t d;

@@ -9,7 +9,7 @@
 namespace qlab::cuda {
 
 struct Int4 {
-    std::uint64_t x;
+    std::uint64_t x;  // rows of K elements, and of zeros to the next multiple of 64
     std::int64_t x_stride;
     std::uint64_t blocks, column_scales, y, workspace, counters, pieces, starts;
     std::int32_t m, n, k, block_words, group_rows;
@@ -19,6 +19,7 @@ struct Int4 {
 struct Int4Launch {
     std::int32_t blocks, cut;
     std::int32_t cluster;  // thread blocks in a cluster: they hold the pieces of one tile, one each, in the order of joining; or 1
+    std::int32_t slices, slice_rows, columns;  // of a plan whose pieces follow from the thread blocks' numbers; slice_rows 0: of another
     bool share;    // whether each thread block has one piece: then those of a tile wait for each other and share the join
     bool overlap;  // whether the launch may begin while the kernel before it still runs (programmatic dependent launch)
     std::uint64_t stream;

@@ -1,6 +1,8 @@
 // What the launches of both INT4 kernels share; included by .cu files.
 #pragma once
 
+#include <cuda.h>
+
 #include "cuda_launch.hpp"
 #include "int4_fragments.cuh"
 #include "int4_gemm.hpp"
@@ -19,10 +21,33 @@ inline int4::Arguments arguments(const Int4& o, const Int4Launch& launch) {
     a.counters = static_cast<int*>(at(o.counters));
     a.pieces = static_cast<const int4::Piece*>(at(o.pieces));
     a.starts = static_cast<const int*>(at(o.starts));
+    a.slices = launch.slices, a.slice_rows = launch.slice_rows, a.tile_columns = launch.columns;
     a.m = o.m, a.n = o.n, a.k = o.k;
     a.block_words = o.block_words, a.group_rows = o.group_rows, a.cut = launch.cut, a.cluster = launch.cluster, a.share = launch.share;
     a.has_zeros = o.has_zeros, a.integer = o.integer;
     return a;
+}
+
+// x as the copy engine of Hopper sees it: `boxes` side by side, each of 64 k by `rows` rows, the 16-byte parts of 128 bytes
+// exchanged by the row, zeros beyond the ends. With several boxes the dimensions are 64 k, rows and k / 64: rows of x are whole boxes in memory.
+inline CUtensorMap map_of_x(const Int4& o, int rows, int boxes, const char* name) {
+    static const auto encode = [name] {
+        void* found = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result), name);
+        if (!found) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled; the INT4 kernels need CUDA 12 or later on Hopper");
+        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+    }();
+    CUtensorMap map;
+    const cuuint64_t width = boxes > 1 ? 64 : o.k;
+    const cuuint64_t sizes[] = {width, static_cast<cuuint64_t>(o.m), static_cast<cuuint64_t>((o.k + 63) / 64)};
+    const cuuint64_t strides[] = {static_cast<cuuint64_t>(2 * o.x_stride), 128};
+    const cuuint32_t box[] = {64, static_cast<cuuint32_t>(rows), static_cast<cuuint32_t>(boxes)}, steps[] = {1, 1, 1};
+    const auto type = o.is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    const CUresult status = encode(&map, type, boxes > 1 ? 3 : 2, reinterpret_cast<void*>(o.x), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (status != CUDA_SUCCESS) throw std::runtime_error("CUDA refused x as a tensor map: error " + std::to_string(status));
+    return map;
 }
 
 template <class... Parameters>

@@ -1,34 +1,62 @@
 // Launches of the INT4 kernel for a few rows, and the list of all variants.
-#include "int4_launch.hpp"
 #include "int4_mma.cuh"
+
+#include "int4_launch.hpp"
 
 namespace qlab::cuda {
 namespace {
 
 using namespace qlab::int4;
 
-template <class... S>
-struct Shapes {
-    static std::vector<Int4Row> rows() { return {Int4Row("mma", S::kRows, S::kColumns, S::kChains, false)...}; }
+int device_attribute(cudaDeviceAttr attribute) {
+    int device, value;
+    check(cudaGetDevice(&device), "int4_mma");
+    check(cudaDeviceGetAttribute(&value, attribute, device), "int4_mma");
+    return value;
+}
 
-    static void run(int variant, const Int4& o, const Int4Launch& launch) {
-        int i = 0;
-        ((i++ == variant ? start<S>(o, launch) : void()), ...);
+template <int kRows, int kChains>
+struct Tile {
+    static Int4Row row() { return {"mma", kRows, kBlockColumns, kChains, false}; }
+
+    // As many teams of warps as keep multiprocessors busy: about four on each of them, of chains that differ.
+    static void start(const Int4& o, const Int4Launch& launch) {
+        const int sms = device_attribute(cudaDevAttrMultiProcessorCount);
+        if constexpr (kChains == 4)
+            if (launch.blocks <= sms) return start_teams<4>(o, launch);
+        if constexpr (kChains > 1)
+            if (launch.blocks <= 2 * sms) return start_teams<2>(o, launch);
+        start_teams<1>(o, launch);
     }
 
-    template <class Shape>
-    static void start(const Int4& o, const Int4Launch& launch) {
-        const int bytes = Shape::shared_bytes(o.block_words);
-        if (o.is_bf16)
-            launch_int4(int4_mma<Shape, Bf16>, "int4_mma", Shape::kThreads, bytes, launch, arguments(o, launch));
+    template <int kTeams>
+    static void start_teams(const Int4& o, const Int4Launch& launch) {
+        if (o.group_rows > 1)
+            start_shape<MmaShape<kRows, kChains, true, kTeams>>(o, launch);
         else
-            launch_int4(int4_mma<Shape, Fp16>, "int4_mma", Shape::kThreads, bytes, launch, arguments(o, launch));
+            start_shape<MmaShape<kRows, kChains, false, kTeams>>(o, launch);
+    }
+
+    template <class S>
+    static void start_shape(const Int4& o, const Int4Launch& launch) {
+        const bool has_copy_engine = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;  // before it threads copy x
+        const auto kernel = o.is_bf16 ? int4_mma<S, Bf16> : int4_mma<S, Fp16>;
+        launch_int4(kernel, "int4_mma", S::kThreads, S::kSharedBytes, launch, arguments(o, launch),
+                    has_copy_engine ? map_of_x(o, S::kRows, S::kBoxes, "int4_mma") : CUtensorMap{});
     }
 };
 
-using All = Shapes<MmaShape<8, 128, 1>, MmaShape<8, 64, 1>, MmaShape<8, 128, 2>, MmaShape<8, 64, 2>, MmaShape<8, 128, 4>,
-                   MmaShape<8, 64, 4>, MmaShape<16, 128, 1>, MmaShape<16, 64, 1>, MmaShape<16, 128, 2>, MmaShape<16, 64, 2>,
-                   MmaShape<16, 128, 4>, MmaShape<16, 64, 4>>;
+template <class... Tiles>
+struct Variants {
+    static std::vector<Int4Row> rows() { return {Tiles::row()...}; }
+
+    static void run(int variant, const Int4& o, const Int4Launch& launch) {
+        int i = 0;
+        ((i++ == variant ? Tiles::start(o, launch) : void()), ...);
+    }
+};
+
+using All = Variants<Tile<8, 1>, Tile<8, 2>, Tile<8, 4>, Tile<16, 1>, Tile<16, 2>, Tile<16, 4>>;
 
 }  // namespace
 

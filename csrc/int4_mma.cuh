@@ -1,14 +1,39 @@
 // INT4 GEMM for a few rows of x: y^T = w^T x^T with mma.sync m16n8k16, the weight decoded into registers as operand A.
 //
-// A thread block takes its pieces in turn. One warp brings blocks of the weight and the matching 128 columns of x into a ring of
-// stages, on across the pieces. With one chain a warp computes one or two tiles of 16 columns; with R chains four warps share 64
-// columns, and warp w takes the 32-row chunks c with c % R = w % R, for R tiles. The R sums of an output are joined in shared
-// memory, pieces of one tile through a workspace by the thread block that arrives last; the order is fixed in both.
+// A thread block takes its pieces in turn, tiles of 64 columns; each of four warps owns 16 of them. A warp reads its codes from
+// memory straight into registers, a step ahead of the products and on across the pieces: no weight goes through shared memory,
+// only x does, in a ring of stages. With R chains a warp holds all R sums of its columns, the 32-row chunk c of K in sum c % R, so
+// that R products are under way at once; or two or four such teams of warps take turns of chunks, where there are too few pieces
+// to keep a multiprocessor busy otherwise. The pieces of a tile are joined through the shared memory of a cluster, or through a
+// workspace by the thread block that arrives last; the order is fixed in both.
 #pragma once
+
+#include <cuda.h>
 
 #include "int4_pipeline.cuh"
 
 namespace qlab::int4 {
+
+// kFineGroups: a block has several rows of scales, for groups of 32 or 64.
+template <int kTileRows, int kChainCount, bool kFineGroups, int kTeamCount>
+struct MmaShape {
+    static constexpr int kRows = kTileRows, kColumns = kBlockColumns, kChains = kChainCount, kGroups = kRows / 8;
+    static constexpr int kTeams = kTeamCount, kTeamThreads = 128, kThreads = kTeams * kTeamThreads;
+    static constexpr int kPerSm = kTeams > 1 ? 4 / kTeams : kRows * kChains > (kFineGroups ? 16 : 32) ? 3 : 4;
+    static constexpr int kChunks = 4 / kTeams, kOwnChains = kChains > kTeams ? kChains / kTeams : 1;  // of a team, in a block
+    static constexpr bool kFine = kFineGroups;
+    static constexpr int kScaleRows = kFine ? kChunks : 1;
+    // Of a step: as many as registers hold, and with two teams and 16 rows as shared memory has room for twice.
+    static constexpr int kBlocks = kTeams == 4 ? 10 : kFine ? 2 * kTeams : kTeams == 2 && kRows > 8 ? 6 : 4 * kTeams;
+    static constexpr int kStepRows = kBlocks * kBlockRows;
+    static constexpr int kStages = 3;
+    // Of x: boxes of 64 k, their rows 128 bytes apart.
+    static constexpr int kBoxes = kStepRows / 64, kBoxBytes = kRows * 128, kStageBytes = kBoxes * kBoxBytes;
+    // Room for the sums that teams, or the thread blocks of a cluster, hand to each other.
+    static constexpr int kScratch = kTeamThreads * (kTeams > 1 ? kChains : 1) * kGroups * 16;
+    static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kScratch;
+    static_assert(kChains % kTeams == 0);
+};
 
 template <class T>
 __device__ __forceinline__ void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
@@ -22,228 +47,243 @@ __device__ __forceinline__ void mma(float (&d)[4], const std::uint32_t (&a)[4], 
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-template <int kTileRows, int kTileColumns, int kChainCount>
-struct MmaShape {
-    static constexpr int kRows = kTileRows, kColumns = kTileColumns, kChains = kChainCount, kStages = 8;
-    static constexpr int kBlocks = kColumns / kBlockColumns, kGroups = kRows / 8;
-    // Tiles of a warp before and after its chains are joined: two chains side by side hide each other's latency.
-    static constexpr int kTiles = kChains > 1 ? kChains : kBlocks, kOwn = kChains > 1 ? 1 : kTiles;
-    static constexpr int kBlockWarps = kChains > 1 ? 4 : 4 / kTiles, kWarps = kBlockWarps * kBlocks;
-    static constexpr int kThreads = 32 * (kWarps + 1);
-    static constexpr int kPitch = 2 * kBlockRows + 16;  // bytes from row to row of x: ldmatrix meets every bank once
-    static constexpr int kXBytes = kRows * kPitch;
-    // Room for the sums that chains, or the thread blocks of a cluster, hand to each other.
-    static constexpr int kScratch = 32 * kWarps * kTiles * kGroups * 16;
-
-    static int shared_bytes(int block_words) { return kStages * (kBlocks * 4 * block_words + kXBytes) + kScratch; }
+// What a thread reads of a block: codes of its team's chunks; scales and zero points of its two columns.
+template <class S>
+struct BlockPart {
+    uint2 codes[S::kChunks];
+    std::uint32_t scales[S::kScaleRows], zeros[S::kScaleRows];
 };
 
+// 8 bytes at `from` + kOffset that are read once: past L1, and first to leave L2.
+template <int kOffset>
+__device__ __forceinline__ uint2 stream2(const unsigned char* from, [[maybe_unused]] std::uint64_t policy) {
+    uint2 v;
+#if QLAB_HOPPER
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {%0, %1}, [%2 + %4], %3;"
+                 : "=r"(v.x), "=r"(v.y) : "l"(from), "l"(policy), "n"(kOffset));
+#else
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2 + %3];" : "=r"(v.x), "=r"(v.y) : "l"(from), "n"(kOffset));
+#endif
+    return v;
+}
+
+// The weight from a thread block's first piece to its last, a step at a time; `part` holds one step.
 template <class S>
-__device__ void load_for_mma(const Arguments& a, std::uint32_t base, Ring<S::kStages> ring) {
-    const int lane = threadIdx.x % 32, block_bytes = 4 * a.block_words, stage_bytes = S::kBlocks * block_bytes + S::kXBytes;
-    const long long pitch = static_cast<long long>((a.k + kBlockRows - 1) / kBlockRows) * a.block_words;
-    const int last_block = (a.n + kBlockColumns - 1) / kBlockColumns - 1;
-    [[maybe_unused]] const std::uint64_t policy = evict_first();
+struct WeightStream {
+    const Arguments& a;
+    Cursor<S::kStepRows> at;
+    const int block_bytes = 4 * a.block_words, team = threadIdx.x / S::kTeamThreads, thread = threadIdx.x % S::kTeamThreads;
+    const int column = thread / 4;  // of the block's 32 pairs
+    const int scales_behind = 4 * (kCodeWords + column) - 8 * thread - 1024 * team;
+    const int zeros_behind = scales_behind + 128 * a.group_rows - 2 * column;
+    const std::uint64_t policy = evict_first();
+    const unsigned char* codes = nullptr;  // of this thread, in the first block of the step
+    BlockPart<S> part[S::kBlocks] = {};
 
-    const auto blocks_of = [&](const Cursor& at) { return min(S::kBlocks, last_block - at.column / kBlockColumns + 1); };
-    const auto x_bytes = [&](const Cursor& at) { return 2 * min(kBlockRows, a.k - at.k); };  // of a row
-    const auto load_weight = [&](const Cursor& at, std::uint32_t stage, std::uint32_t full) {
-        const std::uint32_t* from = a.blocks + at.column / kBlockColumns * pitch + static_cast<long long>(at.k / kBlockRows) * a.block_words;
-#if QLAB_HOPPER
-        if (lane == 0) barrier_expect(full, blocks_of(at) * block_bytes + at.rows * x_bytes(at));
-        __syncwarp();
-        if (lane < blocks_of(at)) stream_bulk(stage + lane * block_bytes, from + lane * pitch, block_bytes, full, policy);
-#else
-        for (int b = 0; b < blocks_of(at); ++b)
-            for (int i = lane; i < block_bytes / 16; i += 32) copy16(stage + b * block_bytes + 16 * i, from + b * pitch + 4 * i);
-#endif
-    };
-    const auto load_x = [&](const Cursor& at, std::uint32_t stage, std::uint32_t full) {
-        const std::uint32_t to = stage + S::kBlocks * block_bytes;
-#if QLAB_HOPPER
-        if (lane < at.rows) copy_bulk(to + lane * S::kPitch, a.x + (at.row + lane) * a.x_stride + at.k, x_bytes(at), full);
-#else
-        const int parts = x_bytes(at) / 16;
-        for (int i = lane; i < at.rows * 16; i += 32)
-            if (i % 16 < parts) copy16(to + i / 16 * S::kPitch + i % 16 * 16, a.x + (at.row + i / 16) * a.x_stride + at.k + i % 16 * 8);
-        barrier_arrive_after_copies(full);
-#endif
-    };
+    __device__ __forceinline__ explicit WeightStream(const Arguments& arguments) : a(arguments), at(arguments) { aim(); }
 
-    // No kernel before this one wrote the weight: as much of it as there is room for is on its way while that one ends.
-    Cursor at(a), x_at = at;
-    for (int s = 0; s < S::kStages && at.valid(); ++s, at.advance(a)) load_weight(at, base + s * stage_bytes, ring.full + 8 * s);
-    wait_for_previous();
-    for (int s = 0; s < S::kStages && x_at.valid(); ++s, x_at.advance(a)) load_x(x_at, base + s * stage_bytes, ring.full + 8 * s);
-    for (ring.phase = 1; at.valid(); at.advance(a), ring.advance()) {
-        ring.wait_empty();
-        load_weight(at, base + ring.stage * stage_bytes, ring.full_barrier());
-        load_x(at, base + ring.stage * stage_bytes, ring.full_barrier());
+    __device__ __forceinline__ void aim() {
+        const long long pitch = static_cast<long long>((a.k + kBlockRows - 1) / kBlockRows) * block_bytes;
+        codes = reinterpret_cast<const unsigned char*>(a.blocks) + at.column / kBlockColumns * pitch +
+                static_cast<long long>(at.k / kBlockRows) * block_bytes + 8 * thread + 1024 * team;
     }
+
+    __device__ __forceinline__ void fetch(int b) {
+        if (at.k + b * kBlockRows >= at.k_end) return;
+        const unsigned char* from = codes + b * block_bytes;
+        constexpr int kTurn = 1024 * S::kTeams;
+        part[b].codes[0] = stream2<0>(from, policy);
+        if constexpr (S::kChunks > 1) part[b].codes[1] = stream2<kTurn>(from, policy);
+        if constexpr (S::kChunks > 2) {
+            part[b].codes[2] = stream2<2 * kTurn>(from, policy);
+            part[b].codes[3] = stream2<3 * kTurn>(from, policy);
+        }
+        const auto* scales = reinterpret_cast<const std::uint32_t*>(from + scales_behind);
+        const auto* zeros = reinterpret_cast<const std::uint16_t*>(from + zeros_behind);
+#pragma unroll
+        for (int r = 0; r < S::kScaleRows; ++r) {
+            const int row = S::kFine ? (r * S::kTeams + team) * a.group_rows / 4 : 0;
+            part[b].scales[r] = __ldg(scales + 32 * row);
+            if (a.has_zeros) part[b].zeros[r] = __ldg(zeros + 32 * row);
+        }
+    }
+
+    __device__ __forceinline__ void advance() {
+        codes += S::kBlocks * block_bytes;
+        if (at.advance(a)) aim();
+    }
+};
+
+// One step of x into a stage: rows of 128 bytes whose 16-byte parts are exchanged by the row, so that ldmatrix meets every bank once.
+template <class S>
+__device__ __forceinline__ void load_x(const Arguments& a, [[maybe_unused]] const CUtensorMap* x_map, const Cursor<S::kStepRows>& at,
+                                       std::uint32_t stage, std::uint32_t full) {
+#if QLAB_HOPPER
+    if (threadIdx.x > 0) return;
+    barrier_expect(full, S::kStageBytes);
+    copy_boxes(stage, x_map, at.row, at.k / 64, full);
+#else
+    for (int i = threadIdx.x; i < S::kStageBytes / 16; i += S::kThreads) {
+        const int part = i % 8, row = i / 8 % S::kRows, box = i / 8 / S::kRows, k = at.k + 64 * box + 8 * part;
+        if (row < at.rows && k < at.k_end)
+            copy16(stage + box * S::kBoxBytes + row * 128 + (part ^ row % 8) * 16, a.x + (at.row + row) * a.x_stride + k);
+    }
+    barrier_arrive_after_copies(full);
+#endif
 }
 
 template <class S, class T>
-__global__ void __launch_bounds__(S::kThreads) int4_mma(const Arguments a) {
-    extern __shared__ __align__(128) unsigned char shared[];
-    __shared__ __align__(8) std::uint64_t barriers[2 * S::kStages];
+__global__ void __launch_bounds__(S::kThreads, S::kPerSm) int4_mma(const Arguments a, const __grid_constant__ CUtensorMap x_map) {
+    extern __shared__ unsigned char shared_start[];
+    __shared__ __align__(8) std::uint64_t barriers[S::kStages];
     __shared__ int arrived;
-    constexpr int kChains = S::kChains, kGroups = S::kGroups, kStages = S::kStages, kComputing = 32 * S::kWarps;
-    constexpr int kTiles = S::kTiles, kOwn = S::kOwn;
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32 % S::kBlockWarps, block = thread / 32 / S::kBlockWarps;
-    const int weight_bytes = S::kBlocks * 4 * a.block_words, stage_bytes = weight_bytes + S::kXBytes;
-    Ring<kStages> ring{shared_address(barriers), shared_address(barriers + kStages)};
+    constexpr int kChains = S::kChains, kGroups = S::kGroups, kStages = S::kStages, kBlocks = S::kBlocks, kTeams = S::kTeams;
+    const int team = threadIdx.x / S::kTeamThreads, thread = threadIdx.x % S::kTeamThreads, lane = thread % 32, warp = thread / 32;
+    unsigned char* const shared = shared_start + (-shared_address(shared_start) & 1023u);
+    const std::uint32_t x_base = shared_address(shared), full = shared_address(barriers);
 
+    // No kernel before this one wrote the weight: its first step is on its way while that one ends.
     let_next_start();
-    if (thread == 0) {
-        for (int s = 0; s < kStages; ++s) {
-            barrier_init(ring.full + 8 * s, QLAB_HOPPER ? 1 : 32);
-            barrier_init(ring.empty + 8 * s, S::kWarps);
-        }
+    if (threadIdx.x == 0) {
+        prefetch_map(&x_map);
+        for (int i = 0; i < kStages; ++i) barrier_init(full + 8 * i, QLAB_HOPPER ? 1 : S::kThreads);
         barriers_ready();
     }
+    WeightStream<S> weight(a);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) weight.fetch(b);
+    weight.advance();
     __syncthreads();
-    if (thread >= kComputing) {
-        load_for_mma<S>(a, shared_address(shared), ring);
-        return;
-    }
     wait_for_previous();
-    const auto meet = [] { asm volatile("bar.sync 1, %0;" ::"n"(kComputing) : "memory"); };
 
-    const int chain = warp % kChains, first_tile = warp / kChains * kTiles;
-    for (int piece = a.starts[blockIdx.x]; piece < a.starts[blockIdx.x + 1]; ++piece) {
-        const int k_begin = a.pieces[piece].k_begin, k_end = a.pieces[piece].k_end;
-        float acc[kTiles][kGroups][4] = {};
-        for (int k_block = k_begin / kBlockRows * kBlockRows; k_block < k_end; k_block += kBlockRows) {
-            ring.wait_full();
-            const unsigned char* at = shared + ring.stage * stage_bytes;
-            const auto* words = reinterpret_cast<const std::uint32_t*>(at) + block * a.block_words;
-            const std::uint32_t* scales = words + kCodeWords;
-            const auto* zeros = reinterpret_cast<const std::uint16_t*>(scales + 32 * a.group_rows);
-            const std::uint32_t x_at = shared_address(at) + weight_bytes + lane % 8 * S::kPitch + lane / 8 * 16;
-            Group group[kTiles];
-            const auto load_group = [&](int row) {
+    Cursor<S::kStepRows> at(a), x_at = at;
+    const auto bring_x = [&](int stage) {
+        if (!x_at.valid()) return;
+        load_x<S>(a, &x_map, x_at, x_base + stage * S::kStageBytes, full + 8 * stage);
+        x_at.advance(a);
+    };
+#pragma unroll 1
+    for (int s = 0; s < kStages - 1; ++s) bring_x(s);
+
+    // Of this lane in the team's first chunk; the next one is in the other half of the rows.
+    const int x_lane = team / 2 * S::kBoxBytes + ((lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16) ^ team % 2 * 64);
+    float acc[S::kOwnChains][kGroups][4] = {};
+    for (int stage = 0, phase = 0, last_stage = kStages - 1; at.valid();) {
+        __syncthreads();  // everyone is done with the last stage
+        bring_x(last_stage);
+        barrier_wait(full + 8 * stage, phase);
+        const std::uint32_t x_first = x_base + stage * S::kStageBytes + x_lane, x_second = x_first ^ 64;
+        last_stage = stage;
+        if (++stage == kStages) stage = 0, phase ^= 1;
+
+        Group group;
+        const auto set_group = [&](int b, int row) { group.template set<T>(weight.part[b].scales[row], weight.part[b].zeros[row], a); };
+        const auto take_chunk = [&](int b, int i) {  // the team's chunk i of block b
+            std::uint32_t x[kGroups][4];
+            const std::uint32_t from = (kTeams == 1 && i % 2 ? x_second : x_first) + (b * 2 + i * kTeams / 2) * S::kBoxBytes;
 #pragma unroll
-                for (int t = 0; t < kTiles; ++t) {
-                    const int place = 32 * row + 8 * (first_tile + t) + lane / 4;
-                    group[t].template set<T>(scales[place], a.has_zeros ? zeros[place] : 0, a);
-                }
-            };
-            const auto take_chunk = [&](int c) {
-                std::uint32_t b[kGroups][4];
+            for (int j = 0; j < kGroups; ++j)
+                asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                             : "=r"(x[j][0]), "=r"(x[j][1]), "=r"(x[j][2]), "=r"(x[j][3])
+                             : "r"(from + j * 1024));
+            if (i == 0 || S::kScaleRows > 1) set_group(b, i % S::kScaleRows);
+            std::uint32_t w[4];
+            decode(T{}, weight.part[b].codes[i].x, group, w);
 #pragma unroll
-                for (int j = 0; j < kGroups; ++j)
-                    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                                 : "=r"(b[j][0]), "=r"(b[j][1]), "=r"(b[j][2]), "=r"(b[j][3])
-                                 : "r"(x_at + j * 8 * S::kPitch + c * 64));
+            for (int j = 0; j < kGroups; ++j) mma<T>(acc[i % S::kOwnChains][j], w, x[j][0], x[j][1]);
+            decode(T{}, weight.part[b].codes[i].y, group, w);
 #pragma unroll
-                for (int t = 0; t < kTiles; ++t) {
-                    const uint2 w = reinterpret_cast<const uint2*>(words)[(c * 4 + first_tile + t) * 32 + lane];
-                    std::uint32_t f[4];
-                    decode(T{}, w.x, group[t], f);
+            for (int j = 0; j < kGroups; ++j) mma<T>(acc[i % S::kOwnChains][j], w, x[j][2], x[j][3]);
+        };
+        if (at.k >= at.k_begin && at.k + S::kStepRows <= at.k_end) {
 #pragma unroll
-                    for (int j = 0; j < kGroups; ++j) mma<T>(acc[t][j], f, b[j][0], b[j][1]);
-                    decode(T{}, w.y, group[t], f);
+            for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-                    for (int j = 0; j < kGroups; ++j) mma<T>(acc[t][j], f, b[j][2], b[j][3]);
-                }
-            };
-            if (a.group_rows == 1 && k_block >= k_begin && k_block + kBlockRows <= k_end) {
-                load_group(0);
-#pragma unroll
-                for (int turn = 0; turn < 4 / kChains; ++turn) take_chunk(chain + turn * kChains);
-            } else {
-                for (int c = chain; c < 4; c += kChains) {
-                    const int k = k_block + kChunk * c;
-                    if (k < k_begin || k >= k_end) continue;
-                    load_group(c * a.group_rows / 4);
-                    take_chunk(c);
-                }
+                for (int i = 0; i < S::kChunks; ++i) take_chunk(b, i);
+                weight.fetch(b);
             }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(ring.empty_barrier());
-            ring.advance();
-        }
-
-        // With several chains each warp joins those of tile `warp` of the four: a0 + (a1 + (a3 + a2)).
-        float sum[kOwn][kGroups][4];
-        const auto keep = [&](int t, int j, float4 v) { sum[t][j][0] = v.x, sum[t][j][1] = v.y, sum[t][j][2] = v.z, sum[t][j][3] = v.w; };
-        const auto vector = [](const float(&v)[4]) { return make_float4(v[0], v[1], v[2], v[3]); };
-        if constexpr (kChains == 1) {
-#pragma unroll
-            for (int t = 0; t < kOwn; ++t)
-#pragma unroll
-                for (int j = 0; j < kGroups; ++j) keep(t, j, vector(acc[t][j]));
         } else {
-            auto* scratch = reinterpret_cast<float4*>(shared + kStages * stage_bytes);
-            const auto place = [&](int w, int t, int j) { return (((block * 4 + w) * kTiles + t) * kGroups + j) * 32 + lane; };
-            meet();
 #pragma unroll
-            for (int t = 0; t < kTiles; ++t)
+            for (int b = 0; b < kBlocks; ++b) {
+                set_group(b, 0);
 #pragma unroll
-                for (int j = 0; j < kGroups; ++j) scratch[place(warp, t, j)] = vector(acc[t][j]);
-            meet();
-#pragma unroll
-            for (int j = 0; j < kGroups; ++j) {
-                const auto part = [&](int c) { return scratch[place(first_tile + c, chain, j)]; };
-                keep(0, j, part(0) + (kChains == 2 ? part(1) : part(1) + (part(kChains - 1) + part(kChains - 2))));
+                for (int i = 0; i < S::kChunks; ++i) {
+                    const int k = at.k + b * kBlockRows + (i * kTeams + team) * kChunk;
+                    if (k >= at.k_begin && k < at.k_end) take_chunk(b, i);
+                }
+                weight.fetch(b);
             }
         }
+        weight.advance();
+        const int piece = at.piece;
+        if (!at.advance(a)) continue;
 
-        const Piece p = a.pieces[piece];
-        const int column = p.column + block * kBlockColumns + 16 * (kChains > 1 ? warp : first_tile);
-        const auto write = [&](int t, int j, const float(&v)[4]) { store<T>(a, p.row + 8 * j, p.row + p.rows, column + 16 * t, v); };
-        if (a.cluster > 1) {
-            auto* mine = reinterpret_cast<float4*>(shared + kStages * stage_bytes) + thread;
-            if constexpr (kChains > 1) meet();
+        // The chains of an output: a0 + (a1 + (a3 + a2)). A team holds those whose chunks it takes, the first joins all.
+        float4 sum[kGroups];
+        auto* const scratch = reinterpret_cast<float4*>(shared + kStages * S::kStageBytes) + thread;
+        const auto own = [&](int i, int j) { return make_float4(acc[i][j][0], acc[i][j][1], acc[i][j][2], acc[i][j][3]); };
+        if constexpr (kTeams > 1) {
 #pragma unroll
-            for (int t = 0; t < kOwn; ++t)
+            for (int i = 0; i < S::kOwnChains; ++i)
 #pragma unroll
-                for (int j = 0; j < kGroups; ++j) mine[(t * kGroups + j) * kComputing] = vector(sum[t][j]);
+                for (int j = 0; j < kGroups; ++j) scratch[((i * kTeams + team) * kGroups + j) * S::kTeamThreads] = own(i, j);
+            __syncthreads();
+        }
+#pragma unroll
+        for (int j = 0; j < kGroups; ++j) {
+            const auto chain = [&](int c) { return kTeams > 1 ? scratch[(c * kGroups + j) * S::kTeamThreads] : own(c % S::kOwnChains, j); };
+            sum[j] = chain(0);
+            if constexpr (kChains == 2) sum[j] = chain(0) + chain(1);
+            if constexpr (kChains == 4) sum[j] = chain(0) + (chain(1) + (chain(3) + chain(2)));
+#pragma unroll
+            for (int i = 0; i < S::kOwnChains; ++i) acc[i][j][0] = acc[i][j][1] = acc[i][j][2] = acc[i][j][3] = 0.0f;
+        }
+
+        const Piece p = piece_of(a, piece);
+        const auto write = [&](int j, float4 v) {
+            const float values[4] = {v.x, v.y, v.z, v.w};
+            store<T>(a, p.row + 8 * j, p.row + p.rows, p.column + 16 * warp, values);
+        };
+        if (a.cluster > 1) {  // one piece a thread block
+            __syncthreads();
+            if (team == 0)
+#pragma unroll
+                for (int j = 0; j < kGroups; ++j) scratch[j * S::kTeamThreads] = sum[j];
             meet_cluster();
-            for (int i = 0; i < kOwn * kGroups; ++i)
-                if ((thread / 32 * kOwn * kGroups + i) % a.cluster == p.rank()) {
-                    const float4 v = sum_of_ranks(shared_address(mine + i * kComputing), a.cluster);
-                    const float joined[4] = {v.x, v.y, v.z, v.w};
-                    write(i / kGroups, i % kGroups, joined);
-                }
+            for (int j = 0; j < kGroups; ++j)
+                if (team == 0 && (warp * kGroups + j) % a.cluster == p.rank())
+                    write(j, sum_of_ranks(shared_address(scratch + j * S::kTeamThreads), a.cluster));
             meet_cluster();
             return;
         }
-        bool complete = true;
         if (p.count() > 1) {
-            const auto slot = [&](int rank, int t, int j) {
+            const auto slot = [&](int rank, int j) {
                 return reinterpret_cast<float4*>(a.workspace) +
-                       (((static_cast<long long>(p.first + rank) * kOwn + t) * kGroups + j) * kComputing + thread);
+                       ((static_cast<long long>(p.first + rank) * kGroups + j) * S::kTeamThreads + thread);
             };
+            if (team == 0) {
 #pragma unroll
-            for (int t = 0; t < kOwn; ++t)
-#pragma unroll
-                for (int j = 0; j < kGroups; ++j) __stcg(slot(p.rank(), t, j), vector(sum[t][j]));
-            __threadfence();
-            meet();
-            if (thread == 0) arrived = atomicAdd(a.counters + p.tile, 1);
-            meet();
-            complete = arrived == p.count() - 1;
-            if (complete) {
+                for (int j = 0; j < kGroups; ++j) __stcg(slot(p.rank(), j), sum[j]);
+                __threadfence();
+            }
+            __syncthreads();
+            if (threadIdx.x == 0) arrived = atomicAdd(a.counters + p.tile, 1);
+            __syncthreads();
+            if (arrived != p.count() - 1) continue;
+            if (team == 0) {
                 __threadfence();
 #pragma unroll
-                for (int t = 0; t < kOwn; ++t)
-#pragma unroll
-                    for (int j = 0; j < kGroups; ++j) {
-                        float4 total = __ldcg(slot(0, t, j));
+                for (int j = 0; j < kGroups; ++j) {
+                    sum[j] = __ldcg(slot(0, j));
 #pragma unroll 8
-                        for (int r = 1; r < p.count(); ++r) total = total + __ldcg(slot(r, t, j));
-                        keep(t, j, total);
-                    }
-                if (thread == 0) a.counters[p.tile] = 0;
+                    for (int r = 1; r < p.count(); ++r) sum[j] = sum[j] + __ldcg(slot(r, j));
+                }
             }
+            if (threadIdx.x == 0) a.counters[p.tile] = 0;
         }
-        if (complete) {
+        if (team == 0)
 #pragma unroll
-            for (int t = 0; t < kOwn; ++t)
-#pragma unroll
-                for (int j = 0; j < kGroups; ++j) write(t, j, sum[t][j]);
-        }
+            for (int j = 0; j < kGroups; ++j) write(j, sum[j]);
     }
 }
 

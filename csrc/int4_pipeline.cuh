@@ -71,7 +71,26 @@ __device__ __forceinline__ void stream_bulk(std::uint32_t to, const void* from, 
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
                  "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
+
+// A box of a 2-dimensional tensor from its column and row on, by one thread; beyond the tensor's ends there are zeros.
+__device__ __forceinline__ void copy_box(std::uint32_t to, const void* map, int column, int row, std::uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(map),
+                 "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+
+// The same of a 3-dimensional one whose first dimension is a box's width, from a place of the second and of the third on.
+__device__ __forceinline__ void copy_boxes(std::uint32_t to, const void* map, int second, int third, std::uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+                 "l"(map), "r"(0), "r"(second), "r"(third), "r"(barrier) : "memory");
+}
 #endif
+
+// A tensor's map is read from memory like all else.
+__device__ __forceinline__ void prefetch_map([[maybe_unused]] const void* map) {
+#if QLAB_HOPPER
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+#endif
+}
 
 // 16 bytes by each thread that calls it, past L1.
 __device__ __forceinline__ void copy16(std::uint32_t to, const void* from) {
@@ -156,24 +175,27 @@ struct Ring {
     __device__ void wait_empty() const { barrier_wait(empty_barrier(), phase ^ 1); }
 };
 
-// Where the loads of a thread block stand: its pieces one after the other, a block of the weight at a time.
+// Where the work of a thread block stands: its pieces one after the other, kStep rows of K at a time, from a block's first row on.
+template <int kStep>
 struct Cursor {
-    int piece, last, k, k_end, row, rows, column;
+    int piece, last, k, k_begin, k_end, row, rows, column;
 
-    __device__ explicit Cursor(const Arguments& a) : piece(a.starts[blockIdx.x]), last(a.starts[blockIdx.x + 1]) { open(a); }
+    __device__ explicit Cursor(const Arguments& a) : piece(first_piece(a)), last(behind_pieces(a)) { open(a); }
     __device__ bool valid() const { return piece < last; }
     __device__ void open(const Arguments& a) {
+        k = k_end = 0;
         if (!valid()) return;
-        const Piece& p = a.pieces[piece];
-        row = p.row, rows = p.rows, column = p.column, k_end = p.k_end;
-        k = p.k_begin / kBlockRows * kBlockRows;
+        const Piece p = piece_of(a, piece);
+        row = p.row, rows = p.rows, column = p.column, k_begin = p.k_begin, k_end = p.k_end;
+        k = k_begin / kBlockRows * kBlockRows;
     }
-    __device__ void advance(const Arguments& a) {
-        k += kBlockRows;
-        if (k >= k_end) {
-            ++piece;
-            open(a);
-        }
+    // Whether the next step is of another piece, or there is none.
+    __device__ bool advance(const Arguments& a) {
+        k += kStep;
+        if (k < k_end) return false;
+        ++piece;
+        open(a);
+        return true;
     }
 };
 

@@ -43,7 +43,7 @@ __device__ void load_for_wgmma(const Arguments& a, const CUtensorMap* x_map, std
     const int lane = threadIdx.x % 32, block_bytes = 4 * a.block_words;
     const long long pitch = static_cast<long long>((a.k + kBlockRows - 1) / kBlockRows) * a.block_words;
     const int last_block = (a.n + kBlockColumns - 1) / kBlockColumns - 1;
-    const auto load_weight = [&](const Cursor& at, int stage) {
+    const auto load_weight = [&](const Cursor<kBlockRows>& at, int stage) {
         const std::uint32_t full = ring.full + 8 * stage, to = base + S::kStages * S::kXBytes + stage * S::kBlocks * block_bytes;
         const std::uint32_t* from = a.blocks + at.column / kBlockColumns * pitch + static_cast<long long>(at.k / kBlockRows) * a.block_words;
         const int count = min(S::kBlocks, last_block - at.column / kBlockColumns + 1);
@@ -51,14 +51,11 @@ __device__ void load_for_wgmma(const Arguments& a, const CUtensorMap* x_map, std
         __syncwarp();
         if (lane < count) copy_bulk(to + lane * block_bytes, from + lane * pitch, block_bytes, full);
     };
-    const auto load_x = [&](const Cursor& at, int stage) {
-        if (lane < 2)  // beyond the last row and the last k there are zeros
-            asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-                             base + stage * S::kXBytes + lane * (S::kXBytes / 2)),
-                         "l"(x_map), "r"(at.k + 64 * lane), "r"(at.row), "r"(ring.full + 8 * stage) : "memory");
+    const auto load_x = [&](const Cursor<kBlockRows>& at, int stage) {
+        if (lane < 2) copy_box(base + stage * S::kXBytes + lane * (S::kXBytes / 2), x_map, at.k + 64 * lane, at.row, ring.full + 8 * stage);
     };
     // No kernel before this one wrote the weight: as much of it as there is room for is on its way while that one ends.
-    Cursor at(a), x_at = at;
+    Cursor<kBlockRows> at(a), x_at = at;
     for (int s = 0; s < S::kStages && at.valid(); ++s, at.advance(a)) load_weight(at, s);
     wait_for_previous();
     for (int s = 0; s < S::kStages && x_at.valid(); ++s, x_at.advance(a)) load_x(x_at, s);
@@ -145,8 +142,9 @@ __device__ void compute_wgmma(const Arguments& a, unsigned char* shared, Ring<S:
         wgmma_commit();
     };
 
-    for (int piece = a.starts[blockIdx.x]; piece < a.starts[blockIdx.x + 1]; ++piece) {
-        const int k_begin = a.pieces[piece].k_begin, k_end = a.pieces[piece].k_end;
+    for (int piece = first_piece(a); piece < behind_pieces(a); ++piece) {
+        const Piece p = piece_of(a, piece);
+        const int k_begin = p.k_begin, k_end = p.k_end;
 #pragma unroll
         for (int s = 0; s < S::kSets; ++s)
 #pragma unroll
@@ -242,7 +240,6 @@ __device__ void compute_wgmma(const Arguments& a, unsigned char* shared, Ring<S:
                 }
         }
 
-        const Piece p = a.pieces[piece];
         const int end_row = p.row + p.rows, row = p.row + (kChains == 4 ? group * S::kOwnGroups * 8 : 0);
         const int column = p.column + (kChains == 4 ? 0 : group * S::kOwnTiles * kBlockColumns) + 16 * warp;
         const auto write = [&](int t, int j, const float(&v)[4]) {

@@ -1,6 +1,6 @@
 // wgmma m64nNk16 with operand A in registers: d += a * b, b in shared memory as its descriptor says.
 //
-// N counts rows of x, 16 to 128; a thread holds N / 2 numbers of d. The texts differ in the number of registers alone.
+// N counts rows of x, 16 to 256; a thread holds N / 2 numbers of d. The texts differ in the number of registers alone.
 #pragma once
 
 #include "int4_fragments.cuh"
@@ -32,6 +32,10 @@ __device__ __forceinline__ void wgmma_wait() {
 #define QLAB_R32 QLAB_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define QLAB_R64 QLAB_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define QLAB_R128 QLAB_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103" \
+    ", %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123" \
+    ", %124, %125, %126, %127"
 
 template <class T>
 __device__ __forceinline__ void wgmma(float (&d)[8], const std::uint32_t (&a)[4], std::uint64_t b) {
@@ -73,6 +77,16 @@ __device__ __forceinline__ void wgmma(float (&d)[64], const std::uint32_t (&a)[4
                      : QLAB_D32(0), QLAB_D32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
+template <class T>
+__device__ __forceinline__ void wgmma(float (&d)[128], const std::uint32_t (&a)[4], std::uint64_t b) {
+    if constexpr (T::kIsBf16)
+        asm volatile(QLAB_WGMMA("256", "bf16", QLAB_R128, "{%128, %129, %130, %131}, %132")
+                     : QLAB_D32(0), QLAB_D32(32), QLAB_D32(64), QLAB_D32(96) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    else
+        asm volatile(QLAB_WGMMA("256", "f16", QLAB_R128, "{%128, %129, %130, %131}, %132")
+                     : QLAB_D32(0), QLAB_D32(32), QLAB_D32(64), QLAB_D32(96) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
 #undef QLAB_D4
 #undef QLAB_D8
 #undef QLAB_D16
@@ -81,6 +95,7 @@ __device__ __forceinline__ void wgmma(float (&d)[64], const std::uint32_t (&a)[4
 #undef QLAB_R16
 #undef QLAB_R32
 #undef QLAB_R64
+#undef QLAB_R128
 #undef QLAB_WGMMA
 
 }  // namespace qlab::int4

@@ -18,7 +18,7 @@ import pytest
 import qlab
 
 ROOT = Path(__file__).resolve().parents[1]
-TEST_COMMAND = "pip install -e '.[test]' && python -m pytest"
+TEST_COMMAND = "pip install -e '.[test]' && python -m pytest -n 2 --dist loadfile"
 NOT_COPIED = (".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "results")
 
 IMPORT_KERNELS = """

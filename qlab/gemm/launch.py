@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qlab import hardware
 from qlab.backends.registry import Problem
@@ -26,8 +27,8 @@ from qlab.packing.fragments import block_words, scale_rows
 
 _cuda, _MISSING = cuda_module("run_int4", "INT4 kernels")
 
-ALIGNMENT = 16
-"""Bytes; x is read so many at a time."""
+ALIGNMENT, BOX = 16, 64
+"""Bytes, and elements of a row; x is read so many at a time."""
 COUNTERS, STREAM_COUNTERS = 1 << 20, 1 << 12
 """Counters zeroed at once, and a stream's. A captured call keeps its own, since graphs may be replayed side by side."""
 
@@ -104,6 +105,8 @@ def run(x: Tensor, tensors: Mapping[str, Tensor], problem: Problem, planner: Pla
         ready = loaded(planner, _rows(problem, m), device)
         perm = tensors["perm"]
         x = x.index_select(1, perm) if perm.numel() else readable(x)
+        if problem.K % BOX:
+            x = pad(x, (0, -problem.K % BOX))
         y = torch.empty((m, problem.N), dtype=x.dtype, device=x.device)
         stream = torch.cuda.current_stream().cuda_stream
         early = overlap and gpu(device).capability >= (9, 0)
@@ -112,14 +115,15 @@ def run(x: Tensor, tensors: Mapping[str, Tensor], problem: Problem, planner: Pla
             *(m, problem.N, problem.K, block_words(rows, problem.symmetric), rows),
             *(x.dtype == torch.bfloat16, not problem.symmetric, ready.plan.integer),
         )
-        stride = x.stride(0) if m > 1 else problem.K
+        stride = x.stride(0) if m > 1 else x.shape[1]
         _cuda.set_device(device)
         for launch, pieces, starts in ready.launches:
             workspace = torch.empty(launch.workspace, dtype=torch.float32, device=x.device)
             counters = _counters(launch.counters, device, stream)
             memory = (tensors["blocks"], tensors["column_scales"], y, workspace, counters, pieces, starts)
             operands = _cuda.Int4(x.data_ptr(), stride, *(t.data_ptr() for t in memory), *fixed)
-            how = _cuda.Int4Launch(launch.blocks, launch.cut, launch.cluster, launch.share, early, stream)
+            closed = launch.slices, launch.slice_rows, launch.variant.columns
+            how = _cuda.Int4Launch(launch.blocks, launch.cut, launch.cluster, *closed, launch.share, early, stream)
             _cuda.run_int4(launch.variant.number, operands, how)
     return y
 

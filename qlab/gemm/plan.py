@@ -55,10 +55,18 @@ class Launch:
     """Thread blocks of a cluster, which hold the pieces of one tile in the order of joining, without workspace; 1: none."""
     share: bool = False
     """Whether thread blocks have one piece each, and those of a tile wait for each other and share its join."""
+    slice_rows: int = 0
+    """Rows of K of a slice where thread block b has slice b % slices of the column tile b // slices and nothing else, so that the
+    kernel need not read it; 0: in the arrays alone."""
 
     @property
     def blocks(self) -> int:
         return len(self.starts) - 1
+
+    @property
+    def slices(self) -> int:
+        """Pieces of a tile where all have as many."""
+        return int(self.pieces[0, 7]) & 0xFFFF
 
     @property
     def workspace(self) -> int:
@@ -123,8 +131,8 @@ def make_plan(
             chosen[key] = choose(area, usable, (m, n, k), gpu.sms, wish)
         by_variant.setdefault(chosen[key], []).append(area)
     descending = scheme.order == "descending"
-    blocks = scheme.sms if scheme.cut.uses_sms else 0
     clusters = int(wish.get("cluster", CLUSTER)) if gpu.capability >= CLUSTERS else 0
+    blocks = scheme.cut.blocks(scheme.sms)
     launches = [_launch(v, found, blocks, clusters, descending) for v, found in by_variant.items()]
     return Plan(tuple(launches), scheme.weights == "integer")
 
@@ -237,4 +245,19 @@ def _arrays(v: Variant, dealt_out: Sequence[Sequence[Work]], clusters: int, desc
         rows.append((*t[:3], *t.pieces[i], number[t[:3]], first.get(t[:3], 0), rank << 16 | len(t.pieces)))
     starts = np.cumsum([0, *map(len, dealt_out)]).astype(np.int32)
     share = alone and bool(joined) and v.kernel == "wgmma"
-    return Launch(v, np.array(rows, np.int32), starts, len(joined), sum(joined.values()), cut_rows, cluster, share)
+    pieces = np.array(rows, np.int32)
+    closed = _slice_rows(v, pieces) if alone else 0
+    return Launch(v, pieces, starts, len(joined), sum(joined.values()), cut_rows, cluster, share, closed)
+
+
+def _slice_rows(v: Variant, pieces: Int32) -> int:
+    """Rows of K of a slice, if the pieces of one-piece thread blocks are those that piece_of (int4_fragments.cuh) computes."""
+    m, count = int(pieces[0, 1]), int(pieces[0, 7]) & 0xFFFF
+    length, k = int(pieces[0, 4]), int(pieces[:, 4].max())
+    tile, rank = np.divmod(np.arange(len(pieces)), count)
+    ends = np.minimum((rank + 1) * length, k)
+    closed = np.stack(
+        [0 * tile, 0 * tile + m, tile * v.columns, rank * length, ends, tile, tile * count, rank << 16 | count], axis=1
+    )
+    used = [0, 1, 2, 3, 4, 5, 7] + ([6] if pieces[:, 6].any() else [])
+    return length if np.array_equal(closed[:, used], pieces[:, used]) else 0

@@ -14,7 +14,7 @@ FEW_ROWS = 16
 DECODING, LOADING = 32, 16
 """Rows of x, or columns, whose products take as long as decoding the weight or loading x once."""
 FULL = 0.75
-"""Share of the multiprocessors that have work when no finer tiles are worth it."""
+"""Share of the multiprocessors that have work when a tile's slices are worth taking in turn."""
 ROW_TILES = 8
 """Row tiles that walk along the columns together: what they read of x and of the weight then fits the L2 cache."""
 
@@ -115,8 +115,6 @@ def _cost(v: Variant, area: Area, sms: int) -> tuple[float, int, int]:
     """What the busiest multiprocessor has to do; of equal costs the larger tile."""
     tiles = -(-area.height // v.rows) * -(-area.width // v.columns)
     blocks = tiles * len(area.pieces)
-    if v.kernel == "mma":  # bound by memory: narrow tiles only where wide ones leave multiprocessors idle
-        return float(v.columns > 64 and blocks < FULL * sms), -v.columns, -v.rows
     busiest = -(-blocks // max(sms, 1)) * (v.columns + LOADING) * (v.rows + DECODING) / len(area.pieces)
     return busiest, -v.columns, -v.rows
 

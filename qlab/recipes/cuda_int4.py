@@ -28,45 +28,52 @@ BLOCK = 128
 ROW_TILES = 8
 """Row tiles that walk along the columns together."""
 MOST_SHARED = 3
-"""The last wave is shared out together with one more unless it has at least an SM's third of the tiles, as Marlin does."""
+"""The last wave is shared out together with one more unless it has a tile for every third thread block, as Marlin does."""
 
 
 @dataclass(frozen=True)
 class Striped(Cut):
-    """Output tiles of x [m, k] and a weight [k, n] in whole waves over the SMs; the K of the rest is cut into equal stripes."""
+    """Output tiles of x [m, k] and a weight [k, n] in whole waves over the SMs; the K of the rest is cut into equal stripes.
+
+    ``per_sm`` thread blocks run on an SM at once, and there are as many stripes.
+    """
 
     m: int
     k: int
     n: int
     tile_rows: int
     tile_columns: int
+    per_sm: int = 1
     uses_sms = True
+
+    def blocks(self, sms: int) -> int:
+        return sms * self.per_sm
 
     def areas(self, sms: int) -> Iterator[Area]:
         rows = [(top, min(top + self.tile_rows, self.m)) for top in range(0, self.m, self.tile_rows)]
         columns = [(left, min(left + self.tile_columns, self.n)) for left in range(0, self.n, self.tile_columns)]
         tiles = [(r, c) for i in range(0, len(rows), ROW_TILES) for c in columns for r in rows[i : i + ROW_TILES]]
-        blocks = -(-self.k // BLOCK)
+        length, at_once = -(-self.k // BLOCK), self.blocks(sms)
         striped = len(tiles)
-        if striped > sms:
-            striped %= sms
-            if 0 < striped * MOST_SHARED <= sms:
-                striped += sms
-        stripe = -(-blocks * striped // sms)
+        if striped > at_once:
+            striped %= at_once
+            if 0 < striped * MOST_SHARED <= at_once:
+                striped += at_once
+        stripe = -(-length * striped // at_once)
         for i, (row, column) in enumerate(tiles):
-            first = (i - (len(tiles) - striped)) * blocks
-            cuts = range((first // stripe + 1) * stripe, first + blocks, stripe) if first >= 0 else ()
+            first = (i - (len(tiles) - striped)) * length
+            cuts = range((first // stripe + 1) * stripe, first + length, stripe) if first >= 0 else ()
             ends = [0, *((c - first) * BLOCK for c in cuts), self.k]
             yield Area(row, column, tuple(span(a, b) for a, b in pairwise(ends)))
 
     def text(self, sms: int) -> str:
-        return f"stripes over {sms} SMs, tiles of {self.tile_rows} x {self.tile_columns}: {pieces_text(self, sms)}"
+        return f"{self.blocks(sms)} stripes over {sms} SMs, tiles of {self.tile_rows} x {self.tile_columns}: {pieces_text(self, sms)}"
 
 
 def cut(choice: tuned.Choice, m: int, k: int, n: int) -> Cut:
-    """How K is cut for a choice of the table: stripes where it names them, else slices."""
-    if choice.get("striped", 0):
-        return Striped(m, k, n, int(choice.get("rows", 128)), int(choice.get("columns", 256)))
+    """How K is cut for a choice of the table: stripes where it says how many an SM has, else slices."""
+    if per_sm := int(choice.get("striped", 0)):
+        return Striped(m, k, n, int(choice.get("rows", 128)), int(choice.get("columns", 256)), per_sm)
     return Ranges(m, n, tuned.ranges(k, choice.slices))
 
 

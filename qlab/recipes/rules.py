@@ -43,6 +43,10 @@ class Cut(ABC):
     uses_sms: ClassVar[bool] = False
     """Whether the areas depend on the number of SMs."""
 
+    def blocks(self, sms: int) -> int:
+        """Thread blocks to which the pieces are dealt end to end; 0 where a piece has one of its own."""
+        return sms if self.uses_sms else 0
+
     @abstractmethod
     def areas(self, sms: int) -> Iterator[Area]:
         """Rectangles that cover the output [M, N] once, for a GPU with ``sms`` SMs. May raise UnsupportedError."""

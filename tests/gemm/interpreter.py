@@ -24,12 +24,13 @@ VARIANTS = tuple(
     Variant(*row, number)
     for number, row in enumerate(
         [
-            *(("mma", rows, columns, chains, False) for rows in (8, 16) for chains in (1, 2, 4) for columns in (128, 64)),
+            *(("mma", rows, 64, chains, False) for rows in (8, 16) for chains in (1, 2, 4)),
             *(("wgmma", rows, columns, 1, False) for columns in (256, 128) for rows in (16, 32, 64, 128)),
-            ("wgmma", 64, 256, 2, False),
-            ("wgmma", 64, 128, 2, False),
-            ("wgmma", 64, 64, 4, False),
+            ("wgmma", 256, 128, 1, False),
+            *(("wgmma", rows, columns, 2, False) for rows in (32, 64) for columns in (256, 128)),
+            *(("wgmma", rows, 64, 4, False) for rows in (32, 64)),
             ("wgmma", 64, 256, 1, True),
+            ("wgmma", 128, 128, 1, True),
         ]
     )
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 
@@ -9,11 +11,16 @@ from qlab.backends.registry import Problem, kernel
 from qlab.compare import differing_bits
 from qlab.errors import UnsupportedError
 from qlab.gemm import launch
-from qlab.hardware import detect
+from qlab.gemm.plan import Plan, make_plan
+from qlab.gemm.tiles import Variant
+from qlab.hardware import Gpu, detect
 from qlab.inputs import random_activations
-from qlab.recipes import recipe
+from qlab.packing import fragments
+from qlab.recipes import assemble, recipe, tuned
+from qlab.recipes.rules import Ranges
+from qlab.recipes.scheme import Scheme
 from qlab.replay import replay
-from tests.gemm.test_plan import cancelling, made
+from tests.gemm.test_plan import Fixed, cancelling, made
 from tests.ladder import RUNGS, Case, climb
 
 pytestmark = [
@@ -78,6 +85,45 @@ def test_not_one_bit_from_the_replay(name: str, form: tuple[int, int, int, bool,
         for x in (cancelling(m, weight.to("cpu")).cuda(), random_activations(m, k, dtype=dtype, seed=m).cuda()):
             y = kernel(name).run(x, packed)
             assert differing_bits(y, replay(asked(name, weight, m), x, weight)) == 0, f"M={m}"
+
+
+@dataclass(frozen=True)
+class Only:
+    """Plans with one variant: slices of K, in each as many chains as the variant has."""
+
+    variant: Variant
+    slices: int
+    cluster: int = 0
+
+    def scheme(self, problem: Problem, gpu: Gpu) -> Scheme:
+        cut = Ranges(problem.M, problem.N, tuned.ranges(problem.K, self.slices))
+        return replace(
+            Scheme.on(gpu, cut), warps=Fixed(problem.M, self.variant.chains), rows="sorted" if problem.act_order else "natural"
+        )
+
+    def __call__(self, problem: Problem, gpu: Gpu, variants: tuple[Variant, ...]) -> Plan:
+        wish = {"total": int(self.variant.total), "cluster": self.cluster}
+        plan = make_plan(self.scheme(problem, gpu), problem, gpu, (self.variant,), wish)
+        assert [x.variant for x in plan.launches] == [self.variant]
+        return plan
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=("fp16", "bf16"))
+@pytest.mark.parametrize("variant", [] if launch.reason() else launch.variants(), ids=str)
+def test_every_variant_computes_its_recipe(variant: Variant, dtype: torch.dtype) -> None:
+    # Few tiles, more than multiprocessors, more than two for each: teams of warps differ. Groups of 32 and zero points as well.
+    for n, slices, group, symmetric in ((600, 3, 128, True), (4104, 3, 64, False), (9608, 2, 128, False), (72, 2, 32, True)):
+        weight = made(1280, n, group, symmetric=symmetric, act_order=n == 600, dtype=dtype).to("cuda")
+        t = fragments.pack(weight)
+        tensors = {"blocks": launch.written(t.blocks), "column_scales": t.column_scales, "perm": t.perm}
+        for cluster in (0, slices) if variant.kernel == "mma" else (0, 2):
+            planner = Only(variant, slices, cluster)
+            for m in (1, variant.rows - 1, variant.rows + 5):
+                x = cancelling(m, weight.to("cpu")).cuda()
+                y = launch.run(x, tensors, Problem.of(weight, 0), planner)
+                problem = Problem.of(weight, m)
+                said = assemble(planner.scheme(problem, launch.gpu(0)), problem)
+                assert differing_bits(y, replay(said, x, weight)) == 0, f"M={m}, N={n}, cluster {cluster}"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -96,6 +96,12 @@ def covered(plan: Plan, m: int, k: int, n: int) -> None:
         assert sorted((p[:, 6] + rank)[joined].tolist()) == list(range(launch.partials))
         assert ((p[:, 5] < launch.counters) == joined).all()
         assert (count == launch.cluster).all() or launch.cluster == 1
+        if launch.slice_rows:  # as piece_of in csrc/int4_fragments.cuh computes them
+            for block, (row, rows, column, start, stop, tile, first, place) in enumerate(p.tolist()):
+                at, turn = divmod(block, launch.slices)
+                assert (row, rows, column, tile, place) == (0, m, at * launch.variant.columns, at, turn << 16 | launch.slices)
+                assert (start, stop) == (turn * launch.slice_rows, min((turn + 1) * launch.slice_rows, k))
+                assert first == (at * launch.slices if launch.partials else 0)
         for row, rows, column, start, stop, *_ in p.tolist():
             products[row : row + rows, column : column + launch.variant.columns] += stop - start
     assert (products == k).all()
@@ -239,11 +245,24 @@ def test_wishes_change_no_bit(wish) -> None:
             assert getattr(launch.variant, name) == value or value == 4096 or (m > 16 and name != "kernel")
 
 
+def test_equal_slices_of_one_row_tile_follow_from_the_block() -> None:
+    found = {}
+    for m, slices in ((1, 4), (16, 1), (16, 7), (17, 3), (64, 5), (300, 2)):
+        problem = Problem(m, 4096, 6144, 128, torch.float16, True, False)
+        scheme = Scheme.on(H100, Ranges(m, 6144, tuned.ranges(4096, slices)))
+        for order in ("ascending", "descending"):
+            (launch,) = make_plan(replace(scheme, order=order), problem, H100, VARIANTS).launches
+            found[m, slices, order] = launch.slice_rows
+    assert found.pop((300, 2, "ascending")) == 0
+    assert {key for key, rows in found.items() if not rows} == {k for k in found if k[2] == "descending" and k[1] > 1}
+    assert found[16, 7, "ascending"] == 640
+
+
 def test_a_marlin_tile_may_be_cut_into_narrow_ones() -> None:
-    problem = Problem(1, 4096, 6144, 128, torch.float16, True, False)
+    problem = Problem(64, 4096, 28672, 128, torch.float16, True, False)
     scheme = marlin.scheme(problem, H100, DEFAULT)
-    (wide,), (narrow,) = (make_plan(scheme, problem, H100, VARIANTS, w).launches for w in ({}, {"columns": 64}))
-    assert (wide.variant.columns, narrow.variant.columns) == (128, 64)
+    (wide,), (narrow,) = (make_plan(scheme, problem, H100, VARIANTS, w).launches for w in ({}, {"columns": 128}))
+    assert (wide.variant.columns, narrow.variant.columns) == (256, 128)
     assert narrow.blocks == 2 * wide.blocks
     assert sorted(loads(narrow)) == sorted([*loads(wide)] * 2)
 
@@ -260,8 +279,9 @@ def test_marlin_is_balanced_as_its_own_stripes(shape, m, sms) -> None:
     on = replace(H100, sms=sms)
     plan = make_plan(marlin.scheme(problem, on, DEFAULT), problem, on, VARIANTS)
     own = sum(busiest(launch, n, k, sms) for launch in marlin.launches(m, n, k, sms))
+    widest = max(launch.config.thread_n for launch in marlin.launches(m, n, k, sms))
     for launch in plan.launches:
-        assert launch.blocks <= sms
+        assert launch.blocks <= sms * max(1, widest // launch.variant.columns)
         assert int(loads(launch).max()) <= 1.05 * own, "stripes of two launches in a row may not pack as tightly"
 
 
@@ -378,12 +398,19 @@ def test_a_planted_fault_shows(fault) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize(("m", "n", "sms"), [(40, 600, 4), (300, 520, 4), (150, 264, 16), (64, 256, 132)])
-def test_stripes_of_our_own_are_their_replay(m, n, sms) -> None:
+@pytest.mark.parametrize(
+    ("m", "n", "sms", "tile", "per_sm"),
+    [
+        *((m, n, sms, ("wgmma", 64, 256), 1) for m, n, sms in ((40, 600, 4), (300, 520, 4), (150, 264, 16), (64, 256, 132))),
+        *((m, n, sms, ("mma", 16, 64), 4) for m, n, sms in ((5, 600, 4), (16, 264, 16), (40, 520, 2))),
+    ],
+)
+def test_stripes_of_our_own_are_their_replay(m, n, sms, tile, per_sm) -> None:
     weight, on = made(1152, n, 128), replace(H100, sms=sms)
-    scheme = Scheme.on(on, Striped(m, 1152, n, 64, 256))
-    (launch,) = agree(scheme, weight, m, on, rows=64, columns=256).launches
-    assert launch.variant[:3] == ("wgmma", 64, 256)
-    work = np.array([launch.pieces[a:b, 4] - launch.pieces[a:b, 3] for a, b in pairwise(launch.starts)], dtype=object)
-    assert launch.blocks <= sms
-    assert max(w.sum() for w in work) <= -(-9 * -(-m // 64) * -(-n // 256) // sms) * 128
+    kernel, rows, columns = tile
+    scheme = Scheme.on(on, Striped(m, 1152, n, rows, columns, per_sm))
+    (launch,) = agree(scheme, weight, m, on, kernel=kernel, rows=rows, columns=columns).launches
+    assert launch.variant[:3] == tile
+    work = [(launch.pieces[a:b, 4] - launch.pieces[a:b, 3]).sum() for a, b in pairwise(launch.starts)]
+    assert launch.blocks <= sms * per_sm
+    assert max(work) <= -(-9 * -(-m // rows) * -(-n // columns) // (sms * per_sm)) * 128
