@@ -56,8 +56,8 @@ class Launch:
     share: bool = False
     """Whether thread blocks have one piece each, and those of a tile wait for each other and share its join."""
     slice_rows: int = 0
-    """Rows of K of a slice where thread block b has slice b % slices of the column tile b // slices and nothing else, so that the
-    kernel need not read it; 0: in the arrays alone."""
+    """Rows of K of a slice where thread block b has slice b % slices of the column tile b // slices and nothing else, so that
+    the kernel need not read it; 0: in the arrays alone."""
 
     @property
     def blocks(self) -> int:

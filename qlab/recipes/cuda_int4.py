@@ -67,7 +67,8 @@ class Striped(Cut):
             yield Area(row, column, tuple(span(a, b) for a, b in pairwise(ends)))
 
     def text(self, sms: int) -> str:
-        return f"{self.blocks(sms)} stripes over {sms} SMs, tiles of {self.tile_rows} x {self.tile_columns}: {pieces_text(self, sms)}"
+        stripes = f"{self.blocks(sms)} stripes over {sms} SMs"
+        return f"{stripes}, tiles of {self.tile_rows} x {self.tile_columns}: {pieces_text(self, sms)}"
 
 
 def cut(choice: tuned.Choice, m: int, k: int, n: int) -> Cut:
