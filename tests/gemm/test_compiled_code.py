@@ -80,7 +80,7 @@ WGMMA = Code(
     1136,
     {"HGMMA.64x64x16.F32.BF16": 16, "UBLKCP": 2, "UTMALDG": 2, "ATOMG.E.ADD.STRONG.GPU": 2, "total": 1900},
 )
-MMA = Code("int4_mma<MmaShape<8, 64, 2>, Fp16>", "sm_90", 64, 0, 1280, {"HMMA.16816.F32": 12, "LDSM": 8, "total": 1500})
+MMA = Code("int4_mma<MmaShape<8, 2, false, 1>, Fp16>", "sm_90", 128, 0, 1056, {"HMMA.16816.F32": 64, "LDSM": 32, "total": 2500})
 INVARIANT = Code("gemm<Tile<8, 64>, true>", "sm_80", 204, 0, 0, {"FFMA": 512, "total": 1500})
 PLANNED = Code("planned_tiles<Shape<1, 4, 1, 4, 6, 4>, 8, false, true>", "sm_80", 108, 0, 0, {"HMMA.1688.F16": 8})
 
