@@ -11,6 +11,10 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#include "int4_instructions.cuh"
+#endif
+
 namespace qlab::int4 {
 
 constexpr int kBlockColumns = 64, kBlockRows = 128, kCodeWords = 1024;
@@ -52,12 +56,6 @@ __device__ __forceinline__ Piece piece_of(const Arguments& a, int i) {
 
 __device__ __forceinline__ int first_piece(const Arguments& a) { return a.slice_rows ? blockIdx.x : a.starts[blockIdx.x]; }
 __device__ __forceinline__ int behind_pieces(const Arguments& a) { return a.slice_rows ? blockIdx.x + 1 : a.starts[blockIdx.x + 1]; }
-
-__device__ __forceinline__ std::uint32_t and_or(std::uint32_t a, std::uint32_t mask, std::uint32_t bits) {
-    std::uint32_t d;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
-    return d;
-}
 
 struct Fp16 {
     using Pair = __half2;
@@ -141,7 +139,7 @@ __device__ __forceinline__ void store(const Arguments& a, int row, int end_row, 
             r1 = T::product(r1, s);
         }
         std::uint32_t pair = r0 | static_cast<std::uint32_t>(r1) << 16;
-        asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(pair));
+        pair = transposed(pair);
         const int m = row + lane / 4, n = column + 8 * half + 2 * (lane % 4);
         if (m < end_row && n < a.n) *reinterpret_cast<std::uint32_t*>(a.y + static_cast<long long>(m) * a.n + n) = pair;
     }

@@ -35,37 +35,12 @@ struct MmaShape {
     static_assert(kChains % kTeams == 0);
 };
 
-template <class T>
-__device__ __forceinline__ void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
-    if constexpr (T::kIsBf16)
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    else
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // What a thread reads of a block: codes of its team's chunks; scales and zero points of its two columns.
 template <class S>
 struct BlockPart {
     uint2 codes[S::kChunks];
     std::uint32_t scales[S::kScaleRows], zeros[S::kScaleRows];
 };
-
-// 8 bytes at `from` + kOffset that are read once: past L1, and first to leave L2.
-template <int kOffset>
-__device__ __forceinline__ uint2 stream2(const unsigned char* from, [[maybe_unused]] std::uint64_t policy) {
-    uint2 v;
-#if QLAB_HOPPER
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {%0, %1}, [%2 + %4], %3;"
-                 : "=r"(v.x), "=r"(v.y) : "l"(from), "l"(policy), "n"(kOffset));
-#else
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2 + %3];" : "=r"(v.x), "=r"(v.y) : "l"(from), "n"(kOffset));
-#endif
-    return v;
-}
 
 // The weight from a thread block's first piece to its last, a step at a time; `part` holds one step.
 template <class S>
@@ -134,7 +109,7 @@ __device__ __forceinline__ void load_x(const Arguments& a, [[maybe_unused]] cons
 
 template <class S, class T>
 __global__ void __launch_bounds__(S::kThreads, S::kPerSm) int4_mma(const Arguments a, const __grid_constant__ CUtensorMap x_map) {
-    extern __shared__ unsigned char shared_start[];
+    unsigned char* const shared_start = shared_memory();
     __shared__ __align__(8) std::uint64_t barriers[S::kStages];
     __shared__ int arrived;
     constexpr int kChains = S::kChains, kGroups = S::kGroups, kStages = S::kStages, kBlocks = S::kBlocks, kTeams = S::kTeams;
@@ -182,18 +157,15 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm) int4_mma(const Argumen
             std::uint32_t x[kGroups][4];
             const std::uint32_t from = (kTeams == 1 && i % 2 ? x_second : x_first) + (b * 2 + i * kTeams / 2) * S::kBoxBytes;
 #pragma unroll
-            for (int j = 0; j < kGroups; ++j)
-                asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                             : "=r"(x[j][0]), "=r"(x[j][1]), "=r"(x[j][2]), "=r"(x[j][3])
-                             : "r"(from + j * 1024));
+            for (int j = 0; j < kGroups; ++j) load_matrices(x[j], from + j * 1024);
             if (i == 0 || S::kScaleRows > 1) set_group(b, i % S::kScaleRows);
             std::uint32_t w[4];
             decode(T{}, weight.part[b].codes[i].x, group, w);
 #pragma unroll
-            for (int j = 0; j < kGroups; ++j) mma<T>(acc[i % S::kOwnChains][j], w, x[j][0], x[j][1]);
+            for (int j = 0; j < kGroups; ++j) mma<T::kIsBf16>(acc[i % S::kOwnChains][j], w, x[j][0], x[j][1]);
             decode(T{}, weight.part[b].codes[i].y, group, w);
 #pragma unroll
-            for (int j = 0; j < kGroups; ++j) mma<T>(acc[i % S::kOwnChains][j], w, x[j][2], x[j][3]);
+            for (int j = 0; j < kGroups; ++j) mma<T::kIsBf16>(acc[i % S::kOwnChains][j], w, x[j][2], x[j][3]);
         };
         if (at.k >= at.k_begin && at.k + S::kStepRows <= at.k_end) {
 #pragma unroll

@@ -10,7 +10,9 @@
 #include <cuda.h>
 
 #include "int4_pipeline.cuh"
+#ifdef __CUDACC__
 #include "wgmma.cuh"
+#endif
 
 namespace qlab::int4 {
 
@@ -74,7 +76,7 @@ __device__ void compute_wgmma(const Arguments& a, unsigned char* shared, Ring<S:
     const int block_bytes = 4 * a.block_words;
     const std::uint32_t base = shared_address(shared);
     const unsigned char* const weights = shared + S::kStages * S::kXBytes + first_tile * block_bytes;
-    const auto meet = [] { asm volatile("bar.sync 1, %0;" ::"n"(S::kComputing) : "memory"); };
+    const auto meet = [] { meet_threads<S::kComputing>(); };
 
     // Two batches of operands: the tensor cores read one while the other is decoded.
     std::uint32_t fragments[2][kTiles][kSteps][4];
@@ -307,7 +309,7 @@ __device__ void compute_wgmma(const Arguments& a, unsigned char* shared, Ring<S:
 template <class S, class T>
 __global__ void __launch_bounds__(S::kThreads, S::kTwo ? 2 : 1) int4_wgmma(const Arguments a, const __grid_constant__ CUtensorMap x_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    extern __shared__ unsigned char shared_start[];
+    unsigned char* const shared_start = shared_memory();
     __shared__ __align__(8) std::uint64_t barriers[2 * S::kStages];
     __shared__ int arrived;
     unsigned char* const shared = shared_start + (-shared_address(shared_start) & 1023u);
@@ -322,10 +324,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kTwo ? 2 : 1) int4_wgmma(const
     }
     __syncthreads();
     if (threadIdx.x >= S::kComputing) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        give_registers<24>();
         if (threadIdx.x < S::kComputing + 32) load_for_wgmma<S>(a, &x_map, shared_address(shared), ring);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::kRegisters));
+        take_registers<S::kRegisters>();
         wait_for_previous();
         compute_wgmma<S, T>(a, shared, ring, &arrived);
     }

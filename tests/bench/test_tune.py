@@ -50,7 +50,7 @@ def test_one_recipe_for_every_m(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_too_few_candidates_give_the_usual_tile() -> None:
     some = [measured(1, s, 1.0 + s, 1.0 + s, s == 1) for s in (1, 2, 4, 8)]
     split = tune.entries(result("cuda.split", *some, measured(4096, 4, 1.0, 1.0, True)))
-    assert [(e.rows, e.slices, e.config.get("rows")) for e in split] == [(1, 1, None), (4096, 1, 128)]
+    assert [(e.rows, e.slices, e.config.get("rows")) for e in split] == [(1, 1, None), (4096, 1, 256)]
     other = [replace(o, chosen=False) for o in some[1:]]
     one = tune.entries(result("cuda.batch_invariant", *other, measured(1, 16, 9.0, 9.0, True), measured(4096, 4, 1.0)))
     assert [(e.rows, e.slices, e.config.get("total")) for e in one] == [(1, 2, None), (4096, 2, 1)]

@@ -1,4 +1,4 @@
-"""The hardware-invariant GEMM's device code, compiled for the CPU (emulate_hardware_invariant.cpp)."""
+"""Device code compiled for the CPU, and the hardware-invariant GEMM's (emulate_hardware_invariant.cpp)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ NAN = 0x7FFF
 """What outputs that nothing writes hold."""
 
 
-def build(folder: Path, csrc: Path = CSRC, *more: str) -> ctypes.CDLL:
-    """The device code as a library for this machine; skips the test where no compiler makes one."""
+def build(folder: Path, csrc: Path = CSRC, *more: str, source: str = "emulate_hardware_invariant.cpp") -> ctypes.CDLL:
+    """Device code as a library for this machine; skips the test where no compiler makes one."""
     if not (compiler := shutil.which("g++")):
         pytest.skip("there is no g++ to compile the device code for the CPU")
     target, include = folder / "emulated.so", [f"-I{csrc}", f"-I{HERE / 'on_host'}"]
-    command = [compiler, *FLAGS, *more, *include, str(HERE / "emulate_hardware_invariant.cpp"), "-o", str(target)]
+    command = [compiler, *FLAGS, *more, *include, str(HERE / source), "-o", str(target)]
     ran = subprocess.run(command, capture_output=True, text=True)
     if "_Float16" in ran.stderr:
         pytest.skip("this g++ has no _Float16")

@@ -20,3 +20,6 @@ inline __nv_bfloat162 __hmul2_rn(__nv_bfloat162 a, __nv_bfloat162 b) {
 }
 inline std::uint16_t __float2bfloat16_rn(float v) { return bfloat_of(v); }
 inline std::uint16_t __bfloat16_as_ushort(std::uint16_t v) { return v; }
+inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmul2_rn(a, b); }
+inline std::uint16_t __hmul(std::uint16_t a, std::uint16_t b) { return bfloat_of(bfloat_value(a) * bfloat_value(b)); }
+inline std::uint16_t __ushort_as_bfloat16(std::uint16_t v) { return v; }
