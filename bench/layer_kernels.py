@@ -23,6 +23,9 @@ STRONGEST = (*MARLIN, *MACHETE, "vllm.gptq_gemm")
 DEFAULT = (*STRONGEST, "vllm.awq_gemm", "vllm.awq_triton", "vllm.awq_dequantize", *OURS, "peers")
 """``peers`` stands for every kernel of bench.peers."""
 
+MOST_ROWS = {"cuda.hardware_invariant": 128}
+"""Rows beyond which a kernel is not timed: far behind every other one there, it would take most of the time."""
+
 
 def matches(name: str, globs: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, g) for g in globs)
@@ -54,6 +57,12 @@ def choose(globs: str | None, device: torch.device, without: str = "") -> tuple[
 def dtype_of(kernel: Kernel, run: torch.dtype) -> torch.dtype:
     """The dtype that a kernel is timed in: the run's, but for a peer that has only one."""
     return kernel.dtype or run if isinstance(kernel, Peer) else run
+
+
+def beyond(kernel: Kernel, m: int) -> str:
+    """Why a kernel is not timed at so many rows; empty where it is."""
+    most = MOST_ROWS.get(kernel.name, m)
+    return f"not timed beyond {most} rows" if m > most else ""
 
 
 def overlaps(kernel: Kernel, device: torch.device) -> bool:

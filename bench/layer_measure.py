@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench import layer_gate, timing
 from bench.layer_gate import Exact
-from bench.layer_kernels import STRONGEST, dense, dtype_of, matches, overlaps, recipe_of
+from bench.layer_kernels import STRONGEST, beyond, dense, dtype_of, matches, overlaps, recipe_of
 from bench.layer_results import Ceilings, Cell, Copies, Entry
 from bench.model_layers import BLOCK, Layer, random_layer, random_rows
 from bench.peers import Swept
@@ -95,7 +95,7 @@ class Held:
         """Copies of the weight in the kernel's storage, or why the kernel cannot run m rows of it."""
         s = self.settings
         problem = replace(Problem.of(self.weight(dtype_of(kernel, s.dtype)), m), M=m)
-        refused = kernel.supports(problem, s.device).reason or s.ready.refusal(kernel, self.layer, m)
+        refused = beyond(kernel, m) or kernel.supports(problem, s.device).reason or s.ready.refusal(kernel, self.layer, m)
         if refused:
             return refused
         if kernel.name not in self.packed:

@@ -29,7 +29,8 @@ inline int4::Arguments arguments(const Int4& o, const Int4Launch& launch) {
 }
 
 // x as the copy engine of Hopper sees it: `boxes` side by side, each of 64 k by `rows` rows, the 16-byte parts of 128 bytes
-// exchanged by the row, zeros beyond the ends. With several boxes the dimensions are 64 k, rows and k / 64: rows of x are whole boxes in memory.
+// exchanged by the row, zeros beyond the ends. With several boxes the dimensions are 64 k, rows and k / 64: in memory rows of x are
+// whole boxes.
 inline CUtensorMap map_of_x(const Int4& o, int rows, int boxes, const char* name) {
     static const auto encode = [name] {
         void* found = nullptr;

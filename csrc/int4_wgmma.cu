@@ -28,8 +28,8 @@ struct Shapes {
     }
 };
 
-using All = Shapes<WgmmaShape<256, 128, 1>, WgmmaShape<16, 256, 1>, WgmmaShape<32, 256, 1>, WgmmaShape<64, 256, 1>, WgmmaShape<128, 256, 1>,
-                   WgmmaShape<16, 128, 1>, WgmmaShape<32, 128, 1>, WgmmaShape<64, 128, 1>, WgmmaShape<128, 128, 1>,
+using All = Shapes<WgmmaShape<256, 128, 1>, WgmmaShape<16, 256, 1>, WgmmaShape<32, 256, 1>, WgmmaShape<64, 256, 1>,
+                   WgmmaShape<128, 256, 1>, WgmmaShape<16, 128, 1>, WgmmaShape<32, 128, 1>, WgmmaShape<64, 128, 1>, WgmmaShape<128, 128, 1>,
                    WgmmaShape<32, 256, 2>, WgmmaShape<32, 128, 2>, WgmmaShape<64, 256, 2>, WgmmaShape<64, 128, 2>,
                    WgmmaShape<32, 64, 4>, WgmmaShape<64, 64, 4>, WgmmaShape<64, 256, 1, true>, WgmmaShape<128, 128, 1, true>>;
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from bench import layer_gate, layer_measure, layers, timing, warm
 from bench.gemm import Dense
-from bench.layer_kernels import choose, dtype_of, matches, recipe_of
+from bench.layer_kernels import beyond, choose, dtype_of, matches, recipe_of
 from bench.layer_measure import Held, Settings
 from bench.layer_results import SCHEMA, Ceilings, Result
 from bench.model_layers import BLOCK, MODELS, Layer, random_layer, random_rows
@@ -407,3 +407,9 @@ def test_bad_options_get_one_sentence(command: typer.Typer, options: list[str], 
     assert done.exit_code == 2
     assert sentence in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_kernel_for_few_rows_is_not_timed_at_many() -> None:
+    for name, said in (("cuda.hardware_invariant", "not timed beyond 128 rows"), ("cuda.split", "")):
+        assert beyond(kernel(name), 128) == ""
+        assert beyond(kernel(name), 256) == said
