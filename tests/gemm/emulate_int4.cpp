@@ -171,13 +171,7 @@ inline void barrier_arrive_after_copies(std::uint32_t barrier) {
     });
 }
 
-inline void meet_cluster() {
-    auto& arrived = on_host::grid->arrived[blockIdx.x / on_host::grid->cluster];
-    const unsigned turn = block.cluster.turn;
-    if (block.cluster.arrived + 1 == block.live) ++arrived;
-    on_host::meet(block.cluster, block.live);
-    on_host::until([&] { return arrived >= (turn + 1) * on_host::grid->cluster; });
-}
+inline void meet_cluster() { on_host::meet_cluster(); }
 inline float4 load_of_rank(std::uint32_t address, int rank) {
     const int cluster = on_host::grid->cluster;
     float4 v;

@@ -50,7 +50,7 @@ static thread_local Index threadIdx, blockIdx;
 namespace on_host {
 
 constexpr std::size_t kStackBytes = 96 << 10, kSharedBytes = 256 << 10;
-constexpr int kPatience = 300'000;  // turns without an end: a deadlock
+constexpr int kPatience = 50'000;  // turns without an end: a deadlock
 
 struct Meeting {
     unsigned arrived = 0, turn = 0;
@@ -74,7 +74,7 @@ struct Block {
     std::vector<ucontext_t> fibers;
     std::vector<std::unique_ptr<char[]>> stacks;
     std::vector<char> done;
-    unsigned threads = 0, live = 0, cluster_turns = 0;
+    unsigned threads = 0, live = 0;
     Meeting all, some, cluster, warps[32];
     const void* operands[32][32];
     std::map<std::uint32_t, Barrier> barriers;
@@ -106,10 +106,24 @@ inline void meet(Meeting& m, unsigned count) {
         until([&] { return m.turn != turn; });
 }
 
+// All threads of a cluster meet; those that have ended count as having come.
+inline void look_for_cluster() {
+    if (block.cluster.arrived == 0 || block.cluster.arrived < block.live) return;
+    block.cluster.arrived = 0, ++block.cluster.turn;
+    ++grid->arrived[blockIdx.x / grid->cluster];
+}
+inline void meet_cluster() {
+    const unsigned turn = block.cluster.turn;
+    ++block.cluster.arrived;
+    look_for_cluster();
+    until([&] { return block.cluster.turn != turn && grid->arrived[blockIdx.x / grid->cluster] >= (turn + 1) * grid->cluster; });
+}
+
 inline void enter() {
     block.body();
     const unsigned t = threadIdx.x;
     block.done[t] = 1, --block.live;
+    look_for_cluster();
     swapcontext(&block.fibers[t], &block.scheduler);
 }
 
@@ -153,7 +167,6 @@ inline void launch(unsigned blocks, unsigned threads, int cluster, unsigned seed
             ++ready;
             while (ready != blocks) std::this_thread::yield();
             run_block(b, threads, body, seed);
-            while (here.arrived[b / cluster] % cluster) std::this_thread::yield();  // its memory may still be read
         });
     for (auto& t : running) t.join();
 }
