@@ -1,7 +1,7 @@
-// A ring of stages in shared memory between one warp that loads and the warps that compute, by mbarriers.
+// How both INT4 kernels go through their work, and the ring of stages in shared memory of the one for many rows.
 //
-// Each stage has a barrier that says it is full (bytes of bulk copies on Hopper, one arrival per lane of cp.async before) and one
-// that says it is empty (one arrival per computing warp).
+// In the ring each stage has an mbarrier that says it is full (the bytes of bulk copies) and one that says it is empty (one arrival
+// per computing warp).
 #pragma once
 
 #include "int4_fragments.cuh"

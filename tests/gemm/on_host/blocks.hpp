@@ -6,29 +6,13 @@
 
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <memory>
 #include <vector>
 
-using std::max;
-using std::min;
+#include "types.hpp"
 
-struct Index {
-    unsigned x, y;
-};
 static Index threadIdx, blockIdx, blockDim;
-struct uint2 {
-    std::uint32_t x, y;
-};
-struct float2 {
-    float x, y;
-};
-struct alignas(16) float4 {
-    float x, y, z, w;
-};
 
 #define __global__
 #define __device__
@@ -105,14 +89,6 @@ void launch(Index blocks, unsigned threads, F kernel) {
                 }
             }
         }
-}
-
-template <class To, class From>
-To bits(From from) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
 }
 
 }  // namespace on_host

@@ -7,13 +7,10 @@
 
 #include <ucontext.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <functional>
 #include <map>
 #include <memory>
@@ -21,21 +18,7 @@
 #include <thread>
 #include <vector>
 
-using std::max;
-using std::min;
-
-struct Index {
-    unsigned x, y;
-};
-struct uint2 {
-    std::uint32_t x, y;
-};
-struct float2 {
-    float x, y;
-};
-struct alignas(16) float4 {
-    float x, y, z, w;
-};
+#include "types.hpp"
 
 #define __global__
 #define __device__
@@ -65,7 +48,6 @@ struct Grid {
     std::vector<char*> anchors;  // of each thread block: where its shared addresses begin
     int cluster = 1;
     std::vector<std::atomic<unsigned>> arrived;  // of each cluster: thread blocks that came to its barrier, over all turns
-    bool hopper = true;
 };
 inline Grid* grid;
 
@@ -181,14 +163,6 @@ void together(Operands& own, F compute) {
 }
 
 inline char* place(std::uint32_t address) { return shared + static_cast<std::int32_t>(address); }
-
-template <class To, class From>
-To bits(From from) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
-}
 
 }  // namespace on_host
 
