@@ -228,8 +228,8 @@ def _short(m: Measured) -> str:
 def entries(result: Result, kept: Sequence[tuned.Entry] = ()) -> tuple[tuned.Entry, ...]:
     """The table: what was chosen, and of ``kept`` what was not tuned now; with one recipe for every M, whole shapes of it.
 
-    A kernel with one recipe for every M takes the slices with the smallest product of the medians over M, and for each M the
-    best tile with those. Where fewer than LEAST_TRIED candidates were timed the table has what is usual (untried).
+    A kernel with one recipe for every M takes the slices that cost least at the M where they cost most, and for each M the best
+    tile with those. Where fewer than LEAST_TRIED candidates were timed the table has what is usual (untried).
     """
     done = {(m.K, m.N) for m in result.measured if m.chosen}
     one_recipe = result.kernel in tuned.ONE_RECIPE
@@ -255,19 +255,17 @@ def entries(result: Result, kept: Sequence[tuned.Entry] = ()) -> tuple[tuned.Ent
 
 
 def _one_count(counts: dict[int, list[Measured]]) -> int:
-    """The slices whose times, the best tile at each M, have the smallest product."""
+    """The slices whose times, the best tile at each M, are nowhere much longer than other slices'."""
     common = set.intersection(*({o.slices for o in some} for some in counts.values()))
     if not common:
         raise QlabError("no number of slices was timed at every M; give more --seconds")
 
-    def product(slices: int) -> float:
-        total = 1.0
-        for some in counts.values():
-            best = min(o.first or 0 for o in some)
-            total *= min(o.first or 0 for o in some if o.slices == slices) / best
-        return total
+    def prices(slices: int) -> list[float]:
+        return [
+            min(o.first or 0 for o in some if o.slices == slices) / min(o.first or 0 for o in some) for some in counts.values()
+        ]
 
-    return min(common, key=product)
+    return min(common, key=lambda slices: (max(prices(slices)), sum(prices(slices))))
 
 
 def write(result: Result) -> Path:

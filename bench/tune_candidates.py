@@ -17,7 +17,7 @@ from qlab.recipes.tuned import Choice, Value
 
 Run = Callable[[Tensor, Packed], Tensor]
 SLICES = (1, 2, 3, 4, 6, 8, 12, 16)
-TOTAL_SLICES = (2, 4, 8)
+TOTAL_SLICES = (2, 3, 4, 6, 8)
 LEAST_ROWS = 256
 """Rows of K that a slice keeps at least, where there is more than one."""
 MOST_WAVES = 6
@@ -42,6 +42,9 @@ WGMMA = {
     256: ((256, 128), (128, 256), (128, 128)),
 }
 """Up to so many rows, and beyond: tile rows and columns."""
+TOTAL = {128: ((64, 256), (128, 128)), 256: ((128, 128), (176, 128))}
+"""The same of tiles that take all slices in turn; for fewer rows than TOTAL_ROWS they are not tried."""
+TOTAL_ROWS = 65
 PER_SM, MOST_FEW_ROWS, FEW_ROWS_SLICES = 4, 32, 5
 """Of mma.sync's kernel: thread blocks of an SM, rows of x for which it is tried, numbers of slices that are."""
 
@@ -69,12 +72,15 @@ def cuda(name: str, m: int, k: int, n: int, gpu: Gpu) -> Iterator[Choice]:
     for rows, width in next((tiles for most, tiles in WGMMA.items() if m <= most), WGMMA[max(WGMMA)]):
         config: dict[str, Value] = {"kernel": "wgmma", "rows": rows, "columns": width}
         tiles = -(-m // rows) * -(-n // width)
-        if name == "cuda.split" and rows >= 32 and tiles % gpu.sms:
-            yield Choice(1, (*config.items(), ("striped", 1)))
+        if name == "cuda.split" and tiles % gpu.sms:
+            for per_sm in (2, 1) if (rows <= 64, width) == (True, 128) else (1,):
+                yield Choice(1, (*config.items(), ("striped", per_sm)))
         for slices in counts(k, tiles, gpu):
             yield Choice(slices, tuple(config.items()))
-    if m > 64:  # all slices of a tile in turn
-        for rows, width in ((64, 256), (128, 128)):
+            if 2 < slices <= 4 and m <= 128:
+                yield Choice(slices, (*config.items(), ("cluster", slices)))
+    if m >= TOTAL_ROWS:
+        for rows, width in next((tiles for most, tiles in TOTAL.items() if m <= most), TOTAL[max(TOTAL)]):
             for slices in (s for s in TOTAL_SLICES if k // s >= LEAST_ROWS):
                 yield Choice(slices, (("columns", width), ("kernel", "wgmma"), ("rows", rows), ("total", 1)))
 
@@ -100,7 +106,7 @@ def untried(name: str, m: int, k: int, n: int, slices: int = 0) -> Choice:
         block_m, block_n, warps, stages = USUAL[next((rows for rows in USUAL if m <= rows), max(USUAL))]
         config = {"block_m": block_m, "block_n": block_n, "warps": warps, "stages": stages}
     elif m > 64 and slices > 1:  # in turn, by tiles that have room for a total
-        config = {"kernel": "wgmma", "rows": 128, "columns": 128, "total": 1}
+        config = {"kernel": "wgmma", "rows": 128 if m <= 256 else 176, "columns": 128, "total": 1}
     elif m > 64:
         rows, columns = (128, 256) if m <= 128 else (256, 128)
         config = {"kernel": "wgmma", "rows": rows, "columns": columns}

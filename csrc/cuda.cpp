@@ -54,9 +54,9 @@ PYBIND11_MODULE(_cuda, m) {
                         k, block_words, group_rows, is_bf16, has_zeros, integer};
         }));
     py::class_<Int4Launch>(m, "Int4Launch")
-        .def(py::init([](int blocks, int cut, int cluster, int slices, int slice_rows, int columns, bool share, bool overlap,
+        .def(py::init([](int blocks, int cut, int cluster, int slices, int slice_rows, int columns, int join, bool overlap,
                          std::uint64_t stream) {
-            return Int4Launch{blocks, cut, cluster, slices, slice_rows, columns, share, overlap, stream};
+            return Int4Launch{blocks, cut, cluster, slices, slice_rows, columns, join, overlap, stream};
         }));
     m.def("int4_variants", &qlab::cuda::int4_variants, "Kernel, tile rows and columns, chains, running total and index of each.");
     m.def("run_int4", &qlab::cuda::run_int4, "One launch of an INT4 GEMM.");

@@ -28,6 +28,11 @@ struct Piece {
     __device__ int count() const { return place & 0xffff; }
 };
 
+// Who joins the pieces of a tile: the thread block that comes last; all of them, each some of the sums, where every thread block has
+// one piece; or the one with the first rows of K, for which it is the last piece, and which keeps its sums in registers. Those who
+// wait for others need them to run side by side.
+enum class Join : int { kLast, kShared, kFirst };
+
 struct Arguments {
     const std::uint16_t* x;
     long long x_stride;
@@ -43,7 +48,7 @@ struct Arguments {
     int block_words, group_rows;  // words of a block; rows of scales in it
     int cut;                      // rows of K after which a thread block begins a new chain; 0: never
     int cluster;                  // thread blocks whose pieces make one tile, in the order of joining; 1: joined by workspace
-    bool share;                   // whether each thread block has one piece, and those of a tile share the join
+    Join join;
     bool has_zeros, integer;
 };
 

@@ -20,13 +20,13 @@ struct Int4Launch {
     std::int32_t blocks, cut;
     std::int32_t cluster;  // thread blocks in a cluster: they hold the pieces of one tile, one each, in the order of joining; or 1
     std::int32_t slices, slice_rows, columns;  // of a plan whose pieces follow from the thread blocks' numbers; slice_rows 0: of another
-    bool share;    // whether each thread block has one piece: then those of a tile wait for each other and share the join
+    std::int32_t join;  // int4::Join (int4_fragments.cuh)
     bool overlap;  // whether the launch may begin while the kernel before it still runs (programmatic dependent launch)
     std::uint64_t stream;
 };
 
-// Kernel, tile rows, tile columns, chains, whether it keeps a running total, index.
-using Int4Variant = std::tuple<std::string, int, int, int, bool, int>;
+// Kernel, tile rows, tile columns, chains, whether it keeps a running total, index, thread blocks that a multiprocessor runs at once.
+using Int4Variant = std::tuple<std::string, int, int, int, bool, int, int>;
 std::vector<Int4Variant> int4_variants();
 void run_int4(int variant, const Int4& operands, const Int4Launch& launch);
 

@@ -70,8 +70,8 @@ __device__ __forceinline__ void barrier_init(std::uint32_t barrier, int count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
-// After barrier_init, before a barrier of the thread block: the copy engine sees them too.
-__device__ __forceinline__ void barriers_ready() {
+// What this thread has written, or been handed on, the copy engine sees too.
+__device__ __forceinline__ void copies_see_all() {
 #if QLAB_HOPPER
     asm volatile("fence.proxy.async;" ::: "memory");
 #else
@@ -195,6 +195,18 @@ __device__ __forceinline__ std::uint32_t load_shared_half(std::uint32_t address)
 template <int kThreads>
 __device__ __forceinline__ void meet_threads() {
     asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
+// A thread block hands on what its threads wrote before they met, and takes what others have handed on.
+__device__ __forceinline__ int hand_on(int* counter) {
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+__device__ __forceinline__ int handed_on(const int* counter) {
+    int count;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+    return count;
 }
 
 // A warpgroup hands registers back, down to kCount a thread, or takes as many.

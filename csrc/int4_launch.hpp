@@ -23,7 +23,7 @@ inline int4::Arguments arguments(const Int4& o, const Int4Launch& launch) {
     a.starts = static_cast<const int*>(at(o.starts));
     a.slices = launch.slices, a.slice_rows = launch.slice_rows, a.tile_columns = launch.columns;
     a.m = o.m, a.n = o.n, a.k = o.k;
-    a.block_words = o.block_words, a.group_rows = o.group_rows, a.cut = launch.cut, a.cluster = launch.cluster, a.share = launch.share;
+    a.block_words = o.block_words, a.group_rows = o.group_rows, a.cut = launch.cut, a.cluster = launch.cluster, a.join = static_cast<int4::Join>(launch.join);
     a.has_zeros = o.has_zeros, a.integer = o.integer;
     return a;
 }
@@ -75,8 +75,8 @@ void launch_int4(void (*kernel)(Parameters...), const char* name, int threads, i
     check(cudaLaunchKernelEx(&config, kernel, parameters...), name);
 }
 
-// Of one source file: kernel, tile rows, tile columns, chains, running total; and how one of them is launched.
-using Int4Row = std::tuple<std::string, int, int, int, bool>;
+// Of one source file: kernel, tile rows, tile columns, chains, running total, thread blocks at once; and how one of them is launched.
+using Int4Row = std::tuple<std::string, int, int, int, bool, int>;
 std::vector<Int4Row> mma_variants();
 std::vector<Int4Row> wgmma_variants();
 void run_int4_mma(int variant, const Int4& operands, const Int4Launch& launch);

@@ -17,7 +17,7 @@ int device_attribute(cudaDeviceAttr attribute) {
 
 template <int kRows, int kChains>
 struct Tile {
-    static Int4Row row() { return {"mma", kRows, kBlockColumns, kChains, false}; }
+    static Int4Row row() { return {"mma", kRows, kBlockColumns, kChains, false, 1}; }
 
     // As many teams of warps as keep multiprocessors busy: about four on each of them, of chains that differ.
     static void start(const Int4& o, const Int4Launch& launch) {
@@ -67,8 +67,8 @@ void run_int4_mma(int variant, const Int4& operands, const Int4Launch& launch) {
 std::vector<Int4Variant> int4_variants() {
     std::vector<Int4Variant> all;
     for (const auto& rows : {mma_variants(), wgmma_variants()})
-        for (const auto& [kernel, tile_rows, columns, chains, total] : rows)
-            all.emplace_back(kernel, tile_rows, columns, chains, total, static_cast<int>(all.size()));
+        for (const auto& [kernel, tile_rows, columns, chains, total, per_sm] : rows)
+            all.emplace_back(kernel, tile_rows, columns, chains, total, static_cast<int>(all.size()), per_sm);
     return all;
 }
 

@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm) int4_mma(const Argumen
     if (threadIdx.x == 0) {
         prefetch_map(&x_map);
         for (int i = 0; i < kStages; ++i) barrier_init(full + 8 * i, QLAB_HOPPER ? 1 : S::kThreads);
-        barriers_ready();
+        copies_see_all();
     }
     WeightStream<S> weight(a);
 #pragma unroll

@@ -21,14 +21,14 @@ __device__ __forceinline__ float4 sum_of_ranks(std::uint32_t address, int count)
 // Which stage comes next, and how often the ring has gone round.
 template <int kStages>
 struct Ring {
-    std::uint32_t full, empty;  // addresses of the barriers of stage 0
+    std::uint32_t full;  // address of the stages' barriers: those that say full, then those that say empty
     int stage = 0, phase = 0;
 
     __device__ void advance() {
         if (++stage == kStages) stage = 0, phase ^= 1;
     }
     __device__ std::uint32_t full_barrier() const { return full + 8 * stage; }
-    __device__ std::uint32_t empty_barrier() const { return empty + 8 * stage; }
+    __device__ std::uint32_t empty_barrier() const { return full + 8 * (kStages + stage); }
     __device__ void wait_full() const { barrier_wait(full_barrier(), phase); }
     __device__ void wait_empty() const { barrier_wait(empty_barrier(), phase ^ 1); }
 };

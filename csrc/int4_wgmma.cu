@@ -10,7 +10,7 @@ using namespace qlab::int4;
 
 template <class... S>
 struct Shapes {
-    static std::vector<Int4Row> rows() { return {Int4Row("wgmma", S::kRows, S::kColumns, S::kChains, S::kTotal)...}; }
+    static std::vector<Int4Row> rows() { return {Int4Row("wgmma", S::kRows, S::kColumns, S::kChains, S::kTotal, S::kPerSm)...}; }
 
     static void run(int variant, const Int4& o, const Int4Launch& launch) {
         int i = 0;
@@ -19,19 +19,22 @@ struct Shapes {
 
     template <class Shape>
     static void start(const Int4& o, const Int4Launch& launch) {
-        const int bytes = Shape::shared_bytes(o.block_words);
-        const CUtensorMap x = map_of_x(o, Shape::kRows, 1, "int4_wgmma");
-        if (o.is_bf16)
-            launch_int4(int4_wgmma<Shape, Bf16>, "int4_wgmma", Shape::kThreads, bytes, launch, arguments(o, launch), x);
-        else
-            launch_int4(int4_wgmma<Shape, Fp16>, "int4_wgmma", Shape::kThreads, bytes, launch, arguments(o, launch), x);
+        o.is_bf16 ? start_typed<Shape, Bf16>(o, launch) : start_typed<Shape, Fp16>(o, launch);
+    }
+
+    template <class Shape, class T>
+    static void start_typed(const Int4& o, const Int4Launch& launch) {
+        const auto kernel = o.group_rows > 1 ? int4_wgmma<Shape, T, true> : int4_wgmma<Shape, T, false>;
+        launch_int4(kernel, "int4_wgmma", Shape::kThreads, Shape::shared_bytes(o.block_words), launch, arguments(o, launch),
+                    map_of_x(o, Shape::kRows, 1, "int4_wgmma"));
     }
 };
 
 using All = Shapes<WgmmaShape<256, 128, 1>, WgmmaShape<16, 256, 1>, WgmmaShape<32, 256, 1>, WgmmaShape<64, 256, 1>,
                    WgmmaShape<128, 256, 1>, WgmmaShape<16, 128, 1>, WgmmaShape<32, 128, 1>, WgmmaShape<64, 128, 1>, WgmmaShape<128, 128, 1>,
                    WgmmaShape<32, 256, 2>, WgmmaShape<32, 128, 2>, WgmmaShape<64, 256, 2>, WgmmaShape<64, 128, 2>,
-                   WgmmaShape<32, 64, 4>, WgmmaShape<64, 64, 4>, WgmmaShape<64, 256, 1, true>, WgmmaShape<128, 128, 1, true>>;
+                   WgmmaShape<32, 64, 4>, WgmmaShape<64, 64, 4>, WgmmaShape<64, 256, 1, true>, WgmmaShape<128, 128, 1, true>,
+                   WgmmaShape<176, 128, 1, true>>;
 
 }  // namespace
 

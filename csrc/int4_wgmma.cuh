@@ -29,10 +29,10 @@ struct WgmmaShape {
     static constexpr int kOwnTiles = kChains == 2 ? kTiles / 2 : kTiles, kOwnGroups = kChains == 4 ? kRows / 16 : kRows / 8;
     static constexpr int kScratch = kChains == 1 ? 0 : kColumns * kRows * 4 * (kChains == 2 ? 1 : 2);
     // Two thread blocks on a multiprocessor where the accumulators leave room.
-    static constexpr bool kTwo = kChains == 1 && kTiles == 1 && kRows <= 64;
-    static constexpr int kRegisters = kTwo ? 104 : 240;
+    static constexpr int kPerSm = kChains == 1 && kTiles == 1 && kRows <= 64 ? 2 : 1;
+    static constexpr int kRegisters = kPerSm == 2 ? 104 : 240;
     static constexpr int kXBytes = kRows * 2 * kBlockRows, kMostBlockBytes = 4 * (kCodeWords + 4 * 48);
-    static constexpr int kRoom = (kTwo ? 112 : 226) * 1024 - 1024 - kScratch;
+    static constexpr int kRoom = (kPerSm == 2 ? 112 : 226) * 1024 - 1024 - kScratch;
     static constexpr int kFit = kRoom / (kXBytes + kBlocks * kMostBlockBytes), kStages = kFit < 8 ? kFit : 8;
     static_assert(kStages >= 3);
 
@@ -68,14 +68,15 @@ __device__ void load_for_wgmma(const Arguments& a, const CUtensorMap* x_map, std
     }
 }
 
-template <class S, class T>
+// kFine: whether a block has more than one row of scales.
+template <class S, class T, bool kFine>
 __device__ void compute_wgmma(const Arguments& a, unsigned char* shared, Ring<S::kStages> ring, int* arrived) {
     constexpr int kRows = S::kRows, kChains = S::kChains, kTiles = S::kTiles, kSteps = S::kSteps;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32 % 4;
     const int group = __shfl_sync(0xffffffffu, thread / 128, 0), first_tile = kChains == 1 ? group * kTiles : 0;
     const int block_bytes = 4 * a.block_words;
     const std::uint32_t base = shared_address(shared);
-    const unsigned char* const weights = shared + S::kStages * S::kXBytes + first_tile * block_bytes;
+    const std::uint32_t joining = ring.full + 16 * S::kStages;
     const auto meet = [] { meet_threads<S::kComputing>(); };
 
     // Two batches of operands: the tensor cores read one while the other is decoded.
@@ -85,57 +86,44 @@ __device__ void compute_wgmma(const Arguments& a, unsigned char* shared, Ring<S:
     // Of this thread, in stage 0: codes of chunk 0, scales and zero points of the block's first row of them.
     const std::uint32_t codes_at = base + S::kStages * S::kXBytes + first_tile * block_bytes + warp * 256 + lane * 8;
     const std::uint32_t scales_at = codes_at + 4 * kCodeWords - warp * 224 - lane * 8 + lane / 4 * 4;
-    const std::uint32_t zeros_at = scales_at + 128 * a.group_rows - warp * 16 - lane / 4 * 2;
+    const std::uint32_t zeros_at = a.has_zeros ? scales_at + 128 * a.group_rows - warp * 16 - lane / 4 * 2 : scales_at;
+    const std::uint32_t x_descriptor = descriptor(base + (kChains == 1 ? 0 : 64 * group));
+    uint2 codes[2][kTiles][kSteps / 2];
     Group groups[kTiles];
-    int first_half = 0;  // of the present block: 1 where the piece begins in its middle
 
     const auto chunk_of = [&](int half, int i) { return 2 * half + (kChains == 1 ? i : group); };
-    // Many rows: all loads first, and scales once for both halves of a block where they have the same.
-    const auto decode_eagerly = [&](int half, std::uint32_t(&f)[kTiles][kSteps][4]) {
-        const std::uint32_t at = ring.stage * S::kBlocks * block_bytes;
-        uint2 codes[kTiles][kSteps / 2];
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-            for (int i = 0; i < kSteps / 2; ++i) codes[t][i] = load_shared2(codes_at + at + t * block_bytes + chunk_of(half, i) * 1024);
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-            for (int i = 0; i < kSteps / 2; ++i) {
-                const int row = chunk_of(half, i) * a.group_rows / 4;
-                if (a.group_rows > 1 || (half == 0 && i == 0) || first_half == 1)
-                    groups[t].template set<T>(load_shared(scales_at + at + t * block_bytes + 128 * row),
-                                              a.has_zeros ? load_shared_half(zeros_at + at + t * block_bytes + 64 * row) : 0, a);
-                decode(T{}, codes[t][i].x, groups[t], f[t][2 * i]);
-                decode(T{}, codes[t][i].y, groups[t], f[t][2 * i + 1]);
-            }
+    const auto set_group = [&](std::uint32_t at, int t, int row) {
+        const std::uint32_t zeros = load_shared_half(zeros_at + at + t * block_bytes + 64 * row);  // without any, something else
+        groups[t].template set<T>(load_shared(scales_at + at + t * block_bytes + 128 * row), zeros, a);
     };
-    // Few rows: decoding is what takes the time, and the compiler finds the better order by itself.
-    const auto decode_freely = [&](int half, std::uint32_t(&f)[kTiles][kSteps][4]) {
+    const auto load_codes = [&](int half) {
+        const std::uint32_t at = ring.stage * S::kBlocks * block_bytes;
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-            const unsigned char* at = weights + (ring.stage * S::kBlocks + t) * block_bytes;
-            const auto* scales = reinterpret_cast<const std::uint32_t*>(at) + kCodeWords;
-            const auto* zeros = reinterpret_cast<const std::uint16_t*>(scales + 32 * a.group_rows);
-            Group g;
+        for (int t = 0; t < kTiles; ++t)
 #pragma unroll
-            for (int i = 0; i < kSteps / 2; ++i) {
-                const int chunk = chunk_of(half, i), place = 32 * (chunk * a.group_rows / 4) + 8 * warp + lane / 4;
-                if (i == 0 || a.group_rows == 4) g.set<T>(scales[place], a.has_zeros ? zeros[place] : 0, a);
-                const uint2 w = reinterpret_cast<const uint2*>(at)[(chunk * 4 + warp) * 32 + lane];
-                decode(T{}, w.x, g, f[t][2 * i]);
-                decode(T{}, w.y, g, f[t][2 * i + 1]);
-            }
-        }
+            for (int i = 0; i < kSteps / 2; ++i) codes[half][t][i] = load_shared2(codes_at + at + t * block_bytes + chunk_of(half, i) * 1024);
+    };
+    const auto set_groups = [&] {
+        if constexpr (!kFine)
+#pragma unroll
+            for (int t = 0; t < kTiles; ++t) set_group(ring.stage * S::kBlocks * block_bytes, t, 0);
     };
     const auto decode_half = [&](int half, std::uint32_t(&f)[kTiles][kSteps][4]) {
-        if constexpr (kRows >= 128)
-            decode_eagerly(half, f);
-        else
-            decode_freely(half, f);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+            for (int i = 0; i < kSteps / 2; ++i) {
+                if constexpr (kFine) set_group(ring.stage * S::kBlocks * block_bytes, t, chunk_of(half, i) * a.group_rows / 4);
+                decode(T{}, codes[half][t][i].x, groups[t], f[t][2 * i]);
+                decode(T{}, codes[half][t][i].y, groups[t], f[t][2 * i + 1]);
+            }
     };
     const auto multiply = [&](int half, float(&d)[kTiles][kRows / 2], std::uint32_t(&f)[kTiles][kSteps][4]) {
-        const std::uint64_t x_at = descriptor(base + ring.stage * S::kXBytes + half * (S::kXBytes / 2)) + (kChains == 1 ? 0 : 4 * group);
+        const std::uint32_t x_at = x_descriptor + (ring.stage * S::kXBytes + half * (S::kXBytes / 2)) / 16;
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) pin(f[t][step]);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kSteps; ++step)
@@ -144,9 +132,24 @@ __device__ void compute_wgmma(const Arguments& a, unsigned char* shared, Ring<S:
         wgmma_commit();
     };
 
+    // Of 64 columns and 8 rows that this thread keeps sums of.
+    constexpr int kOwn = S::kOwnTiles * S::kOwnGroups;
+    const auto write = [&](const Piece& p, int t, int j, const float(&v)[4]) {
+        const int row = p.row + (kChains == 4 ? group * S::kOwnGroups * 8 : 0);
+        const int column = p.column + (kChains == 4 ? 0 : group * S::kOwnTiles * kBlockColumns) + 16 * warp;
+        store<T>(a, row + 8 * j, p.row + p.rows, column + kBlockColumns * t, v);
+    };
+    const auto write_sum = [&](const Piece& p, int i, float4 sum) {
+        const float v[4] = {sum.x, sum.y, sum.z, sum.w};
+        write(p, i / S::kOwnGroups, i % S::kOwnGroups, v);
+    };
+    const auto partials_of = [&](const Piece& p) {
+        float4* at = reinterpret_cast<float4*>(a.workspace) + (static_cast<long long>(p.first) * kOwn * S::kComputing + thread);
+        pin(at);
+        return at;
+    };
     for (int piece = first_piece(a); piece < behind_pieces(a); ++piece) {
-        const Piece p = piece_of(a, piece);
-        const int k_begin = p.k_begin, k_end = p.k_end;
+        const int k_begin = piece_of(a, piece).k_begin, k_end = piece_of(a, piece).k_end;
 #pragma unroll
         for (int s = 0; s < S::kSets; ++s)
 #pragma unroll
@@ -161,28 +164,32 @@ __device__ void compute_wgmma(const Arguments& a, unsigned char* shared, Ring<S:
             if (behind && lane == 0) barrier_arrive(behind);
             behind = 0;
         };
+        // 64 k whose codes are in registers; a running total is added to where a new chain begins.
+        const auto take_half = [&](int half, [[maybe_unused]] int k) {
+            decode_half(half, fragments[half]);
+            if constexpr (S::kTotal)
+                if (half == 0 && a.cut && k != k_begin && k % a.cut == 0) {
+                    wgmma_wait<0>();
+#pragma unroll
+                    for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+                        for (int i = 0; i < kRows / 2; ++i) {
+                            total[t][i] += acc[0][t][i];
+                            acc[0][t][i] = 0.0f;
+                        }
+                }
+            multiply(half, acc[S::kSets == 2 ? half : 0], fragments[half]);
+            wgmma_wait<1>();
+            release();
+        };
         for (int k = k_begin / kBlockRows * kBlockRows; k < k_end; k += kBlockRows) {
             ring.wait_full();
-            first_half = k < k_begin;
+            set_groups();
+            load_codes(0);
+            load_codes(1);
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                if (k + 64 * half < k_begin || k + 64 * half >= k_end) continue;
-                decode_half(half, fragments[half]);
-                if constexpr (S::kTotal)
-                    if (half == 0 && a.cut && k != k_begin && k % a.cut == 0) {
-                        wgmma_wait<0>();
-#pragma unroll
-                        for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-                            for (int i = 0; i < kRows / 2; ++i) {
-                                total[t][i] += acc[0][t][i];
-                                acc[0][t][i] = 0.0f;
-                            }
-                    }
-                multiply(half, acc[S::kSets == 2 ? half : 0], fragments[half]);
-                wgmma_wait<1>();
-                release();
-            }
+            for (int half = 0; half < 2; ++half)
+                if (k + 64 * half >= k_begin && k + 64 * half < k_end) take_half(half, k);
             behind = ring.empty_barrier();
             ring.advance();
         }
@@ -194,6 +201,8 @@ __device__ void compute_wgmma(const Arguments& a, unsigned char* shared, Ring<S:
 #pragma unroll
                 for (int i = 0; i < kRows / 2; ++i) acc[0][t][i] += total[t][i];
 
+        pin(piece);  // what else there is to know of it is read behind the loop, which needs all registers
+        const Piece p = piece_of(a, piece);
         float own[S::kOwnTiles][S::kOwnGroups][4];
         const auto mine = [&](int s, int t, int j) {
             return make_float4(acc[s][t][4 * j], acc[s][t][4 * j + 1], acc[s][t][4 * j + 2], acc[s][t][4 * j + 3]);
@@ -242,16 +251,41 @@ __device__ void compute_wgmma(const Arguments& a, unsigned char* shared, Ring<S:
                 }
         }
 
-        const int end_row = p.row + p.rows, row = p.row + (kChains == 4 ? group * S::kOwnGroups * 8 : 0);
-        const int column = p.column + (kChains == 4 ? 0 : group * S::kOwnTiles * kBlockColumns) + 16 * warp;
-        const auto write = [&](int t, int j, const float(&v)[4]) {
-            store<T>(a, row + 8 * j, end_row, column + kBlockColumns * t, v);
+        int* const counter = a.counters + p.tile;
+        const auto wait_for = [&](int count) {
+            while (handed_on(counter) < count) __nanosleep(20);
         };
-        if (p.count() == 1) {
+        const bool keeps = a.join == Join::kFirst && p.k_begin == 0;
+        if (keeps && p.count() > 1) {
+            const float4* const partials = partials_of(p) - thread;
+            const auto add = [&](int i, float4 v) {
+                float(&sum)[4] = own[i / S::kOwnGroups][i % S::kOwnGroups];
+                sum[0] = sum[0] + v.x, sum[1] = sum[1] + v.y, sum[2] = sum[2] + v.z, sum[3] = sum[3] + v.w;
+            };
+            meet();  // nobody reads the ring any more: it takes the other sums, one piece after the other
+            if (thread == 0) wait_for(p.count() - 1), *counter = 0;
+            if (p.rank() < 2) {
+                const auto* brought = reinterpret_cast<const float4*>(shared) + thread;
+                for (int r = 0, phase = 0; r < p.count(); ++r) {
+                    if (r == p.rank()) continue;
+                    if (thread == 0) {
+                        copies_see_all();
+                        barrier_expect(joining, kOwn * S::kComputing * 16);
+                        copy_bulk(base, partials + r * kOwn * S::kComputing, kOwn * S::kComputing * 16, joining);
+                    }
+                    barrier_wait(joining, phase);
+                    phase ^= 1;
+#pragma unroll
+                    for (int i = 0; i < kOwn; ++i) add(i, brought[i * S::kComputing]);
+                    meet();
+                }
+            }
+        }
+        if (keeps || p.count() == 1) {
 #pragma unroll
             for (int t = 0; t < S::kOwnTiles; ++t)
 #pragma unroll
-                for (int j = 0; j < S::kOwnGroups; ++j) write(t, j, own[t][j]);
+                for (int j = 0; j < S::kOwnGroups; ++j) write(p, t, j, own[t][j]);
             continue;
         }
         if (a.cluster > 1) {
@@ -264,63 +298,54 @@ __device__ void compute_wgmma(const Arguments& a, unsigned char* shared, Ring<S:
                 for (int j = 0; j < S::kOwnGroups; ++j)
                     kept[(t * S::kOwnGroups + j) * S::kComputing] = make_float4(own[t][j][0], own[t][j][1], own[t][j][2], own[t][j][3]);
             meet_cluster();
-            for (int i = p.rank(); i < S::kOwnTiles * S::kOwnGroups; i += a.cluster) {
-                const float4 sum = sum_of_ranks(shared_address(kept + i * S::kComputing), a.cluster);
-                const float v[4] = {sum.x, sum.y, sum.z, sum.w};
-                write(i / S::kOwnGroups, i % S::kOwnGroups, v);
-            }
+            for (int i = p.rank(); i < kOwn; i += a.cluster)
+                write_sum(p, i, sum_of_ranks(shared_address(kept + i * S::kComputing), a.cluster));
             meet_cluster();
             return;
         }
-        const auto slot = [&](int rank, int t, int j) {
-            return reinterpret_cast<float4*>(a.workspace) +
-                   (((static_cast<long long>(p.first + rank) * S::kOwnTiles + t) * S::kOwnGroups + j) * S::kComputing + thread);
-        };
+        float4* const kept = partials_of(p) + p.rank() * kOwn * S::kComputing;
 #pragma unroll
         for (int t = 0; t < S::kOwnTiles; ++t)
 #pragma unroll
             for (int j = 0; j < S::kOwnGroups; ++j)
-                __stcg(slot(p.rank(), t, j), make_float4(own[t][j][0], own[t][j][1], own[t][j][2], own[t][j][3]));
-        __threadfence();
+                __stcg(kept + (t * S::kOwnGroups + j) * S::kComputing, make_float4(own[t][j][0], own[t][j][1], own[t][j][2], own[t][j][3]));
         meet();
-        int* const counter = a.counters + p.tile;
-        // Where every thread block has one piece, those of a tile wait for each other and share the join.
-        const bool share = a.share;
-        if (thread == 0) {
-            *arrived = atomicAdd(counter, 1);
-            while (share && *static_cast<volatile int*>(counter) < p.count()) __nanosleep(20);
-        }
+        if (thread == 0) *arrived = hand_on(counter);
+        if (a.join == Join::kFirst) continue;
+        const bool shared = a.join == Join::kShared;
+        if (thread == 0 && shared) wait_for(p.count());
         meet();
-        if (!share && *arrived != p.count() - 1) continue;
-        __threadfence();
-        for (int i = share ? p.rank() : 0; i < S::kOwnTiles * S::kOwnGroups; i += share ? p.count() : 1) {
-            const int t = i / S::kOwnGroups, j = i % S::kOwnGroups;
-            float4 sum = __ldcg(slot(0, t, j));
+        if (!shared && *arrived != p.count() - 1) continue;
+        const float4* const partials = partials_of(p);
+        const auto load = [&](int rank, int i) { return __ldcg(partials + (rank * kOwn + i) * S::kComputing); };
+        for (int i = shared ? p.rank() : 0; i < kOwn; i += shared ? p.count() : 1) {
+            float4 sum = load(0, i);
 #pragma unroll 4
-            for (int r = 1; r < p.count(); ++r) sum = sum + __ldcg(slot(r, t, j));
-            const float v[4] = {sum.x, sum.y, sum.z, sum.w};
-            write(t, j, v);
+            for (int r = 1; r < p.count(); ++r) sum = sum + load(r, i);
+            write_sum(p, i, sum);
         }
         meet();
-        if (thread == 0 && (!share || atomicAdd(counter, 1) == 2 * p.count() - 1)) *counter = 0;
+        if (thread == 0 && (!shared || hand_on(counter) == 2 * p.count() - 1)) *counter = 0;
     }
 }
 
-template <class S, class T>
-__global__ void __launch_bounds__(S::kThreads, S::kTwo ? 2 : 1) int4_wgmma(const Arguments a, const __grid_constant__ CUtensorMap x_map) {
+template <class S, class T, bool kFine>
+__global__ void __launch_bounds__(S::kThreads, S::kPerSm) int4_wgmma(const Arguments a, const __grid_constant__ CUtensorMap x_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     unsigned char* const shared_start = shared_memory();
-    __shared__ __align__(8) std::uint64_t barriers[2 * S::kStages];
+    __shared__ __align__(8) std::uint64_t barriers[2 * S::kStages + 1];  // of the ring, and of the join
     __shared__ int arrived;
     unsigned char* const shared = shared_start + (-shared_address(shared_start) & 1023u);
-    const Ring<S::kStages> ring{shared_address(barriers), shared_address(barriers + S::kStages)};
+    Ring<S::kStages> ring{shared_address(barriers)};
+    pin(ring.full);
     let_next_start();
     if (threadIdx.x == 0) {
         for (int s = 0; s < S::kStages; ++s) {
             barrier_init(ring.full + 8 * s, 1);
-            barrier_init(ring.empty + 8 * s, S::kComputing / 32);
+            barrier_init(ring.full + 8 * (S::kStages + s), S::kComputing / 32);
         }
-        barriers_ready();
+        barrier_init(ring.full + 16 * S::kStages, 1);
+        copies_see_all();
     }
     __syncthreads();
     if (threadIdx.x >= S::kComputing) {
@@ -329,7 +354,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kTwo ? 2 : 1) int4_wgmma(const
     } else {
         take_registers<S::kRegisters>();
         wait_for_previous();
-        compute_wgmma<S, T>(a, shared, ring, &arrived);
+        compute_wgmma<S, T, kFine>(a, shared, ring, &arrived);
     }
 #endif
 }

@@ -123,7 +123,7 @@ def run(x: Tensor, tensors: Mapping[str, Tensor], problem: Problem, planner: Pla
             memory = (tensors["blocks"], tensors["column_scales"], y, workspace, counters, pieces, starts)
             operands = _cuda.Int4(x.data_ptr(), stride, *(t.data_ptr() for t in memory), *fixed)
             closed = launch.slices, launch.slice_rows, launch.variant.columns
-            how = _cuda.Int4Launch(launch.blocks, launch.cut, launch.cluster, *closed, launch.share, early, stream)
+            how = _cuda.Int4Launch(launch.blocks, launch.cut, launch.cluster, *closed, int(launch.join), early, stream)
             _cuda.run_int4(launch.variant.number, operands, how)
     return y
 

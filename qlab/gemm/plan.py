@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,17 @@ TOTAL_ROWS = 64
 """Rows above which one thread block may take all slices of a tile in turn."""
 
 
+class Join(IntEnum):
+    """Who joins the pieces of a tile in the workspace (int4_fragments.cuh)."""
+
+    LAST = 0
+    """The thread block that comes last."""
+    SHARED = 1
+    """All of the tile's, each some of the sums; every thread block has one piece."""
+    FIRST = 2
+    """The one with the first rows of K, for which it is the last piece. All thread blocks run at once."""
+
+
 @dataclass(frozen=True, eq=False)
 class Launch:
     """One kernel launch."""
@@ -53,8 +65,7 @@ class Launch:
     """Rows of K after which a thread block adds its chain to a running total and begins anew; 0: never."""
     cluster: int = 1
     """Thread blocks of a cluster, which hold the pieces of one tile in the order of joining, without workspace; 1: none."""
-    share: bool = False
-    """Whether thread blocks have one piece each, and those of a tile wait for each other and share its join."""
+    join: Join = Join.LAST
     slice_rows: int = 0
     """Rows of K of a slice where thread block b has slice b % slices of the column tile b // slices and nothing else, so that
     the kernel need not read it; 0: in the arrays alone."""
@@ -133,7 +144,7 @@ def make_plan(
     descending = scheme.order == "descending"
     clusters = int(wish.get("cluster", CLUSTER)) if gpu.capability >= CLUSTERS else 0
     blocks = scheme.cut.blocks(scheme.sms)
-    launches = [_launch(v, found, blocks, clusters, descending) for v, found in by_variant.items()]
+    launches = [_launch(v, found, blocks, clusters, descending, gpu.sms) for v, found in by_variant.items()]
     return Plan(tuple(launches), scheme.weights == "integer")
 
 
@@ -190,10 +201,12 @@ def _in_turn(
     if variant is None:
         return None
     one = Area(area.rows, area.columns, ((0, k),), area.chains)
-    return _launch(variant, [one], 0, 0, False, length)
+    return _launch(variant, [one], 0, 0, False, sms, length)
 
 
-def _launch(v: Variant, areas: Sequence[Area], blocks: int, clusters: int, descending: bool, cut_rows: int = 0) -> Launch:
+def _launch(
+    v: Variant, areas: Sequence[Area], blocks: int, clusters: int, descending: bool, sms: int, cut_rows: int = 0
+) -> Launch:
     """``blocks``: thread blocks that share the areas' pieces, each area's parts apart; 0: a thread block for each piece."""
     tiles = [list(cut(area, v)) for area in areas]
     if blocks:
@@ -201,7 +214,7 @@ def _launch(v: Variant, areas: Sequence[Area], blocks: int, clusters: int, desce
     else:
         ordered = raster((t for area in tiles for t in area), v.rows)
         dealt_out = [[(t, i)] for t in ordered for i in range(len(t.pieces))]
-    return _arrays(v, dealt_out, clusters, descending, cut_rows)
+    return _arrays(v, dealt_out, clusters, descending, sms, cut_rows)
 
 
 Work = tuple[OutputTile, int]
@@ -224,7 +237,9 @@ def _shared_out(tiles: Sequence[OutputTile], rows: int, blocks: int) -> list[lis
     return [[work[i] for i in block] for block in dealt(len(first), lengths, blocks)]
 
 
-def _arrays(v: Variant, dealt_out: Sequence[Sequence[Work]], clusters: int, descending: bool, cut_rows: int) -> Launch:
+def _arrays(
+    v: Variant, dealt_out: Sequence[Sequence[Work]], clusters: int, descending: bool, sms: int, cut_rows: int
+) -> Launch:
     """The arrays that the kernels read."""
     counts = {t[:3]: len(t.pieces) for block in dealt_out for t, _ in block}
     sizes = set(counts.values())
@@ -244,10 +259,25 @@ def _arrays(v: Variant, dealt_out: Sequence[Sequence[Work]], clusters: int, desc
         rank = len(t.pieces) - 1 - i if descending else i
         rows.append((*t[:3], *t.pieces[i], number[t[:3]], first.get(t[:3], 0), rank << 16 | len(t.pieces)))
     starts = np.cumsum([0, *map(len, dealt_out)]).astype(np.int32)
-    share = alone and bool(joined) and v.kernel == "wgmma"
+    join = _join(v, dealt_out, descending, sms) if joined else Join.LAST
     pieces = np.array(rows, np.int32)
     closed = _slice_rows(v, pieces) if alone else 0
-    return Launch(v, pieces, starts, len(joined), sum(joined.values()), cut_rows, cluster, share, closed)
+    return Launch(v, pieces, starts, len(joined), sum(joined.values()), cut_rows, cluster, join, closed)
+
+
+def _join(v: Variant, dealt_out: Sequence[Sequence[Work]], descending: bool, sms: int) -> Join:
+    if v.kernel != "wgmma":
+        return Join.LAST
+    if all(len(block) == 1 for block in dealt_out):
+        return Join.SHARED
+    first = [
+        (len(t.pieces) - 1 if descending else 0, i + 1 == len(block))
+        for block in dealt_out
+        for i, (t, p) in enumerate(block)
+        if p == 0 < len(t.pieces) - 1
+    ]
+    can = len(dealt_out) <= sms * v.per_sm and all(rank < 2 and is_last for rank, is_last in first)
+    return Join.FIRST if can else Join.LAST
 
 
 def _slice_rows(v: Variant, pieces: Int32) -> int:

@@ -33,6 +33,8 @@ class Variant(NamedTuple):
     """Whether it keeps a running total beside the accumulator, and so can begin new chains by itself."""
     number: int
     """By which it is launched."""
+    per_sm: int = 1
+    """Thread blocks that an SM runs at once, at least."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <stdexcept>
 #include <utility>
 
 #include "tensor_core.hpp"
@@ -95,7 +96,7 @@ inline void complete(on_host::Barrier& b) {
     if (b.pending == 0 && b.bytes == 0) b.phase ^= 1, b.pending = b.count;
 }
 inline void barrier_init(std::uint32_t barrier, int count) { block.barriers[barrier] = {count, count, 0, 0, {}}; }
-inline void barriers_ready() {}
+inline void copies_see_all() {}
 inline void barrier_arrive(std::uint32_t barrier) {
     on_host::Barrier& b = block.barriers.at(barrier);
     --b.pending, complete(b);
@@ -183,6 +184,10 @@ inline std::uint32_t load_shared(std::uint32_t address) { return *reinterpret_ca
 inline uint2 load_shared2(std::uint32_t address) { return *reinterpret_cast<uint2*>(on_host::place(address)); }
 inline std::uint32_t load_shared_half(std::uint32_t address) { return *reinterpret_cast<std::uint16_t*>(on_host::place(address)); }
 
+constexpr int kFar = 1 << 30;
+inline int hand_on(int* counter) { return atomicAdd(counter, 1); }
+inline int handed_on(const int* counter) { return on_host::grid->stuck ? kFar : __atomic_load_n(counter, __ATOMIC_SEQ_CST); }
+
 template <int kThreads>
 void meet_threads() {
     on_host::meet(block.some, kThreads);
@@ -192,23 +197,26 @@ void give_registers() {}
 template <int kCount>
 void take_registers() {}
 
-inline std::uint64_t descriptor(std::uint32_t address) { return address >> 4; }
+constexpr std::uint32_t kDescriptorHigh = 0;
+inline std::uint32_t descriptor(std::uint32_t address) { return address >> 4; }
+template <class Value>
+void pin(Value&) {}
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}
 template <int kPending>
 void wgmma_wait() {}
 
 template <class T, int kNumbers>
-void wgmma(float (&d)[kNumbers], const std::uint32_t (&a)[4], std::uint64_t b) {
+void wgmma(float (&d)[kNumbers], const std::uint32_t (&a)[4], std::uint32_t b) {
     struct Operands : Fragments {
-        std::uint64_t at;
+        std::uint32_t at;
     } own{{d, {a[0], a[1], a[2], a[3]}, {}}, b};
     on_host::together(own, [](auto of) {
         std::uint16_t left[16][16], right[16];
         for (int r = 0; r < 16; ++r) row_of_a(of, r, left[r]);
         for (int n = 0; n < 2 * kNumbers; ++n) {
             for (int k = 0; k < 16; ++k)
-                std::memcpy(right + k, on_host::place(swizzled(static_cast<std::uint32_t>(of(0).at << 4) + n / 8 * 1024 + n % 8 * 128 + 2 * k)), 2);
+                std::memcpy(right + k, on_host::place(swizzled((of(0).at << 4) + n / 8 * 1024 + n % 8 * 128 + 2 * k)), 2);
             for (int r = 0; r < 16; ++r) {
                 float& sum = of(r % 8 * 4 + n % 8 / 2).d[n / 8 * 4 + r / 8 * 2 + n % 2];
                 sum = dot<T::kIsBf16>(sum, left[r], right);
@@ -220,7 +228,7 @@ void wgmma(float (&d)[kNumbers], const std::uint32_t (&a)[4], std::uint64_t b) {
 }  // namespace qlab::int4
 
 #include "int4_mma.cuh"
-#if QLAB_HOPPER && !defined(QLAB_ONE_VARIANT)
+#if QLAB_HOPPER
 #define __CUDA_ARCH_FEAT_SM90_ALL
 #include "int4_wgmma.cuh"
 #endif
@@ -238,7 +246,7 @@ template <class S, class Kernel>
 void run(const Arguments& a, int blocks, int shared_bytes, int boxes, unsigned seed, Kernel kernel) {
     if (shared_bytes > static_cast<int>(on_host::kSharedBytes)) std::abort();
     const CUtensorMap x = map_of(a, S::kRows, boxes);
-    on_host::launch(blocks, S::kThreads, a.cluster, seed, [&] { kernel(a, x); });
+    if (!on_host::launch(blocks, S::kThreads, a.cluster, seed, [&] { kernel(a, x); })) throw std::runtime_error("a thread waits for ever");
 }
 
 struct Choice {
@@ -256,36 +264,53 @@ bool try_mma(const Choice& c, const Arguments& a, int blocks, unsigned seed) {
     return true;
 }
 
-#if QLAB_HOPPER && !defined(QLAB_ONE_VARIANT)
+#if QLAB_HOPPER
 template <class S>
 bool try_wgmma(const Choice& c, const Arguments& a, int blocks, unsigned seed) {
     if (c.columns != S::kColumns || c.rows != S::kRows || c.chains != S::kChains || (c.total != 0) != S::kTotal) return false;
-    run<S>(a, blocks, S::shared_bytes(a.block_words), 1, seed, c.bf16 ? int4_wgmma<S, qlab::int4::Bf16> : int4_wgmma<S, qlab::int4::Fp16>);
+    const auto with = [&](auto fine) {
+        constexpr bool kFine = decltype(fine)::value;
+        run<S>(a, blocks, S::shared_bytes(a.block_words), 1, seed, c.bf16 ? int4_wgmma<S, qlab::int4::Bf16, kFine> : int4_wgmma<S, qlab::int4::Fp16, kFine>);
+    };
+    a.group_rows > 1 ? with(std::true_type{}) : with(std::false_type{});
     return true;
 }
 #endif
 
-}  // namespace
-
-// Whether there is such a variant here.
-extern "C" int run_launch(int wgmma, const Choice* c, const qlab::Step* step, const Arguments* a, int blocks, unsigned seed) {
-    core = *step;
+bool run_variant(bool wgmma, const Choice& c, const Arguments& a, int blocks, unsigned seed) {
 #ifdef QLAB_ONE_VARIANT
-    return !wgmma && try_mma<16, 4, 1>(*c, *a, blocks, seed);
+#if QLAB_ONE_VARIANT == 1
+    return !wgmma && try_mma<16, 4, 1>(c, a, blocks, seed);
+#else
+    return wgmma && try_wgmma<WgmmaShape<16, 128, 1>>(c, a, blocks, seed);
+#endif
 #else
     if (!wgmma)
-        return try_mma<8, 1, 1>(*c, *a, blocks, seed) || try_mma<16, 1, 1>(*c, *a, blocks, seed) ||
-               try_mma<8, 2, 1>(*c, *a, blocks, seed) || try_mma<16, 2, 2>(*c, *a, blocks, seed) ||
-               try_mma<16, 4, 1>(*c, *a, blocks, seed) || try_mma<8, 4, 2>(*c, *a, blocks, seed) ||
-               try_mma<8, 4, 4>(*c, *a, blocks, seed);
+        return try_mma<8, 1, 1>(c, a, blocks, seed) || try_mma<16, 1, 1>(c, a, blocks, seed) ||
+               try_mma<8, 2, 1>(c, a, blocks, seed) || try_mma<16, 2, 2>(c, a, blocks, seed) ||
+               try_mma<16, 4, 1>(c, a, blocks, seed) || try_mma<8, 4, 2>(c, a, blocks, seed) ||
+               try_mma<8, 4, 4>(c, a, blocks, seed);
 #if QLAB_HOPPER
-    return try_wgmma<WgmmaShape<16, 128, 1>>(*c, *a, blocks, seed) || try_wgmma<WgmmaShape<128, 256, 1>>(*c, *a, blocks, seed) ||
-           try_wgmma<WgmmaShape<256, 128, 1>>(*c, *a, blocks, seed) || try_wgmma<WgmmaShape<32, 128, 2>>(*c, *a, blocks, seed) ||
-           try_wgmma<WgmmaShape<32, 64, 4>>(*c, *a, blocks, seed) || try_wgmma<WgmmaShape<64, 256, 1, true>>(*c, *a, blocks, seed);
+    return try_wgmma<WgmmaShape<16, 128, 1>>(c, a, blocks, seed) || try_wgmma<WgmmaShape<128, 256, 1>>(c, a, blocks, seed) ||
+           try_wgmma<WgmmaShape<256, 128, 1>>(c, a, blocks, seed) || try_wgmma<WgmmaShape<32, 128, 2>>(c, a, blocks, seed) ||
+           try_wgmma<WgmmaShape<32, 64, 4>>(c, a, blocks, seed) || try_wgmma<WgmmaShape<64, 256, 1, true>>(c, a, blocks, seed) ||
+           try_wgmma<WgmmaShape<176, 128, 1, true>>(c, a, blocks, seed);
 #else
     return 0;
 #endif
 #endif
+}
+
+}  // namespace
+
+// An empty text, or what is wrong.
+extern "C" const char* run_launch(int wgmma, const Choice* c, const qlab::Step* step, const Arguments* a, int blocks, unsigned seed) {
+    core = *step;
+    try {
+        return run_variant(wgmma, *c, *a, blocks, seed) ? "" : "it is not compiled for the CPU";
+    } catch (const std::runtime_error&) {
+        return "a thread waits for ever";
+    }
 }
 
 extern "C" int arguments_size() { return sizeof(Arguments); }

@@ -18,7 +18,7 @@ from tests.gemm import emulated
 MMA = ((8, 1, 1), (16, 1, 1), (8, 2, 1), (16, 2, 2), (16, 4, 1), (8, 4, 2), (8, 4, 4))
 """Rows, chains and teams of warps of what is compiled; 64 columns."""
 ONE = (16, 4, 1)
-"""The only one in a library that is to be compiled quickly."""
+"""The only one in a library of one kernel that is to be compiled quickly; of wgmma's it is the first."""
 WGMMA = (
     (16, 128, 1, False),
     (128, 256, 1, False),
@@ -26,6 +26,7 @@ WGMMA = (
     (32, 128, 2, False),
     (32, 64, 4, False),
     (64, 256, 1, True),
+    (176, 128, 1, True),
 )
 """Rows, columns, chains, running total."""
 NAN = 0x7FFF
@@ -48,18 +49,20 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("blocks", "column_scales", "y", "workspace", "counters", "pieces", "starts")),
         *((name, ctypes.c_int) for name in ("slices", "slice_rows", "tile_columns", "m", "n", "k")),
         *((name, ctypes.c_int) for name in ("block_words", "group_rows", "cut", "cluster")),
-        *((name, ctypes.c_bool) for name in ("share", "has_zeros", "integer")),
+        ("join", ctypes.c_int),
+        *((name, ctypes.c_bool) for name in ("has_zeros", "integer")),
     ]
 
 
 class Library:
     """The code for Hopper, or for GPUs before it."""
 
-    def __init__(self, folder: Path, hopper: bool, csrc: Path = emulated.CSRC, one: bool = False) -> None:
+    def __init__(self, folder: Path, hopper: bool, csrc: Path = emulated.CSRC, one: str = "") -> None:
         folder.mkdir(exist_ok=True)
-        flags = ["-pthread", f"-DQLAB_HOPPER={int(hopper)}", *(["-DQLAB_ONE_VARIANT"] if one else [])]
+        flags = ["-pthread", f"-DQLAB_HOPPER={int(hopper)}", *([f"-DQLAB_ONE_VARIANT={1 + (one == 'wgmma')}"] if one else [])]
         self.code = emulated.build(folder, csrc, *flags, source="emulate_int4.cpp")
         assert self.code.arguments_size() == ctypes.sizeof(Arguments)
+        self.code.run_launch.restype = ctypes.c_char_p
 
     def run(self, plan: Plan, x: Tensor, t: FragmentTensors, gpu: Gpu, teams: int = 1, seed: int = 0) -> Tensor:
         """y of x [M, K]; ``teams``: of warps, for variants of mma.sync with as many chains."""
@@ -83,13 +86,13 @@ class Library:
                 *(a.ctypes.data for a in (pieces, starts)),
                 *(launch.slices, launch.slice_rows, v.columns),
                 *(m, t.n, t.k, block_words(rows, t.symmetric), rows, launch.cut, launch.cluster),
-                *(launch.share, not t.symmetric, plan.integer),
+                *(int(launch.join), not t.symmetric, plan.integer),
             )
             choice = Choice(v.rows, v.columns, v.chains, v.total, teams if v.kernel == "mma" else 1, x.dtype == torch.bfloat16)
-            known = self.code.run_launch(
+            wrong = self.code.run_launch(
                 *(v.kernel == "wgmma", ctypes.byref(choice), ctypes.byref(step), ctypes.byref(given), launch.blocks, seed)
             )
-            assert known, f"{v} is not compiled for the CPU"
+            assert not wrong, f"{v}: {wrong.decode()}"
             assert not counters.any(), "a counter was not left zero"
         return y.view(x.dtype)
 

@@ -21,7 +21,7 @@ from qlab.replay.step import fused_dot_add
 CHUNK = 32
 
 VARIANTS = tuple(
-    Variant(*row, number)
+    Variant(*row, number, 2 if row[0] == "wgmma" and row[1] <= 64 and row[2:4] == (128, 1) else 1)
     for number, row in enumerate(
         [
             *(("mma", rows, 64, chains, False) for rows in (8, 16) for chains in (1, 2, 4)),
@@ -31,6 +31,7 @@ VARIANTS = tuple(
             *(("wgmma", rows, 64, 4, False) for rows in (32, 64)),
             ("wgmma", 64, 256, 1, True),
             ("wgmma", 128, 128, 1, True),
+            ("wgmma", 176, 128, 1, True),
         ]
     )
 )

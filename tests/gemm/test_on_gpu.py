@@ -11,12 +11,13 @@ from qlab.backends.registry import Problem, kernel
 from qlab.compare import differing_bits
 from qlab.errors import UnsupportedError
 from qlab.gemm import launch
-from qlab.gemm.plan import Plan, make_plan
+from qlab.gemm.plan import Join, Plan, make_plan
 from qlab.gemm.tiles import Variant
 from qlab.hardware import Gpu, detect
 from qlab.inputs import random_activations
 from qlab.packing import fragments
 from qlab.recipes import assemble, recipe, tuned
+from qlab.recipes.cuda_int4 import Striped
 from qlab.recipes.rules import Ranges
 from qlab.recipes.scheme import Scheme
 from qlab.replay import replay
@@ -124,6 +125,48 @@ def test_every_variant_computes_its_recipe(variant: Variant, dtype: torch.dtype)
                 problem = Problem.of(weight, m)
                 said = assemble(planner.scheme(problem, launch.gpu(0)), problem)
                 assert differing_bits(y, replay(said, x, weight)) == 0, f"M={m}, N={n}, cluster {cluster}"
+
+
+@dataclass(frozen=True)
+class Stripes:
+    """Plans with one variant and equal stripes over all SMs."""
+
+    variant: Variant
+    order: str
+
+    def scheme(self, problem: Problem, gpu: Gpu) -> Scheme:
+        v = self.variant
+        cut = Striped(problem.M, problem.K, problem.N, v.rows, v.columns, v.per_sm)
+        return replace(Scheme.on(gpu, cut), warps=Fixed(problem.M, v.chains), order=self.order)
+
+    def __call__(self, problem: Problem, gpu: Gpu, variants: tuple[Variant, ...]) -> Plan:
+        return make_plan(self.scheme(problem, gpu), problem, gpu, (self.variant,))
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+@pytest.mark.parametrize(
+    "variant", [] if launch.reason() else [v for v in launch.variants() if v.kernel == "wgmma" and not v.total], ids=str
+)
+def test_stripes_are_their_replay_also_on_streams_side_by_side(variant: Variant, order: str) -> None:
+    planner, m = Stripes(variant, order), variant.rows + 5
+    weight = made(4096, 150 * variant.columns // 2 + 8, 64).to("cuda")
+    t = fragments.pack(weight)
+    tensors = {"blocks": launch.written(t.blocks), "column_scales": t.column_scales, "perm": t.perm}
+    x = cancelling(m, weight.to("cpu")).cuda()
+    want = launch.run(x, tensors, Problem.of(weight, 0), planner)
+    (made_launch,) = planner(Problem.of(weight, m), launch.gpu(0), ()).launches
+    assert made_launch.join == (Join.FIRST if order == "ascending" else made_launch.join)
+    said = assemble(planner.scheme(Problem.of(weight, m), launch.gpu(0)), Problem.of(weight, m))
+    assert differing_bits(want, replay(said, x, weight)) == 0
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    for _ in range(20):
+        found = []
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found += [launch.run(x, tensors, Problem.of(weight, 0), planner) for _ in range(2)]
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, want) for y in found)
 
 
 @pytest.mark.parametrize("name", NAMES)

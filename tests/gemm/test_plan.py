@@ -12,7 +12,7 @@ import torch
 from qlab.backends.registry import Problem
 from qlab.errors import UnsupportedError
 from qlab.gemm.balance import dealt, equal_shares, runs
-from qlab.gemm.plan import Launch, Plan, make_plan
+from qlab.gemm.plan import Join, Launch, Plan, make_plan
 from qlab.gemm.planner import Planner
 from qlab.hardware import Gpu, gpu
 from qlab.inputs import random_activations, random_weight
@@ -198,7 +198,7 @@ def test_chains_and_both_orders_of_joining(chains, order) -> None:
         assert (cluster.workspace, bool(memory.workspace)) == (0, slices > 1)
         assert default.cluster == (2 if slices == 2 else 1)
         # Thread blocks of mma.sync's kernel do not wait for each other.
-        assert [x.share for x in (cluster, memory)] == [False, slices > 1 and m > 16]
+        assert [x.join for x in (cluster, memory)] == [Join.LAST, Join.SHARED if slices > 1 and m > 16 else Join.LAST]
 
 
 @needs_native
@@ -208,7 +208,7 @@ def test_a_running_total_is_the_join_of_pieces() -> None:
     together = agree(scheme, weight, 100, on)
     apart = agree(scheme, weight, 100, on, total=0)
     assert [(x.variant.total, x.cut, x.partials) for x in together.launches] == [(True, 256, 0)]
-    assert [(x.variant.total, x.cut, x.cluster, x.share) for x in apart.launches] == [(False, 0, 1, True)]
+    assert [(x.variant.total, x.cut, x.cluster, x.join) for x in apart.launches] == [(False, 0, 1, Join.SHARED)]
     assert agree(scheme, weight, 100, H100).launches[0].cut == 0, "the tiles alone would leave multiprocessors idle"
     assert agree(scheme, weight, 100, H100, total=1).launches[0].cut == 256
     assert agree(replace(scheme, order="descending"), weight, 100, on).launches[0].cut == 0

@@ -33,7 +33,7 @@ static thread_local Index threadIdx, blockIdx;
 namespace on_host {
 
 constexpr std::size_t kStackBytes = 96 << 10, kSharedBytes = 256 << 10;
-constexpr int kPatience = 50'000;  // turns without an end: a deadlock
+constexpr int kPatience = 50'000;  // turns, after which it is a deadlock
 
 struct Meeting {
     unsigned arrived = 0, turn = 0;
@@ -48,6 +48,7 @@ struct Grid {
     std::vector<char*> anchors;  // of each thread block: where its shared addresses begin
     int cluster = 1;
     std::vector<std::atomic<unsigned>> arrived;  // of each cluster: thread blocks that came to its barrier, over all turns
+    std::atomic<bool> stuck{false};              // a thread waited in vain: from then on nobody waits
 };
 inline Grid* grid;
 
@@ -74,8 +75,8 @@ inline void yield() {
 
 template <class Condition>
 void until(Condition holds) {
-    for (int turns = 0; !holds(); ++turns) {
-        if (turns > kPatience) std::fprintf(stderr, "thread %u of block %u waits for ever\n", threadIdx.x, blockIdx.x), std::abort();
+    for (int turns = 0; !grid->stuck && !holds(); ++turns) {
+        if (turns > kPatience) grid->stuck = true;
         yield();
     }
 }
@@ -134,8 +135,8 @@ inline void run_block(unsigned number, unsigned threads, const std::function<voi
     }
 }
 
-// All thread blocks at once; `cluster` of them, neighbours, see each other's shared memory.
-inline void launch(unsigned blocks, unsigned threads, int cluster, unsigned seed, const std::function<void()>& body) {
+// All thread blocks at once; `cluster` of them, neighbours, see each other's shared memory. Whether nobody waited in vain.
+inline bool launch(unsigned blocks, unsigned threads, int cluster, unsigned seed, const std::function<void()>& body) {
     Grid here;
     here.cluster = cluster, here.anchors.resize(blocks);
     here.arrived = std::vector<std::atomic<unsigned>>(blocks / cluster + 1);
@@ -151,6 +152,7 @@ inline void launch(unsigned blocks, unsigned threads, int cluster, unsigned seed
             run_block(b, threads, body, seed);
         });
     for (auto& t : running) t.join();
+    return !here.stuck;
 }
 
 // All lanes of a warp bring their operands; the last one computes for all.
