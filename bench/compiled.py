@@ -36,6 +36,7 @@ LOCAL = {
     "gemm<Tile<16, 32>": (112, "spilled"),
     "gemm<Tile<16, 64>": (184, "spilled"),
     "int4_mma": (8, "spilled"),
+    "int4_wgmma<WgmmaShape<64, 256, 2, false>, Bf16, false>": (16, "spilled"),
 }
 """Bytes of local memory that C++ kernels may take, by the beginning of their names, and what for; the others take none."""
 
@@ -107,7 +108,7 @@ def instructions(kernel: str) -> list[str]:
     name, *given = re.findall(r"\w+", kernel)
     half = "false"
     match name, given:
-        case "int4_wgmma", [_, rows, *_, dtype]:
+        case "int4_wgmma", [_, rows, *_, dtype, _]:
             return [f"HGMMA.64x{rows}x16.F32{'.BF16' if dtype == 'Bf16' else ''}"]
         case "int4_mma", [*_, dtype]:
             k, bf16 = "16", "true" if dtype == "Bf16" else "false"

@@ -4,7 +4,8 @@
 // swizzled rows, which wgmma reads by itself) into a ring of stages, on across the pieces. Two warpgroups compute, 64 k at a
 // time: each decodes the next codes while the tensor cores work on the ones before. With one chain a warpgroup owns half of the
 // columns; with two or four both own all of them and take the 32-row chunks in turn. Chains are joined in shared memory, pieces
-// of one tile through a workspace, in an order that is fixed.
+// of one tile through a workspace (Join in int4_fragments.cuh says by whom) or the shared memory of a cluster, in an order that is
+// fixed.
 #pragma once
 
 #include <cuda.h>
@@ -35,6 +36,7 @@ struct WgmmaShape {
     static constexpr int kRoom = (kPerSm == 2 ? 112 : 226) * 1024 - 1024 - kScratch;
     static constexpr int kFit = kRoom / (kXBytes + kBlocks * kMostBlockBytes), kStages = kFit < 8 ? kFit : 8;
     static_assert(kStages >= 3);
+    static_assert(4 * kRows * kColumns <= kStages * (kXBytes + kBlocks * 4 * kCodeWords));  // the ring has room for a tile's sums
 
     static int shared_bytes(int block_words) { return 1024 + kStages * (kXBytes + kBlocks * 4 * block_words) + kScratch; }
 };
@@ -148,6 +150,7 @@ __device__ void compute_wgmma(const Arguments& a, unsigned char* shared, Ring<S:
         pin(at);
         return at;
     };
+
     for (int piece = first_piece(a); piece < behind_pieces(a); ++piece) {
         const int k_begin = piece_of(a, piece).k_begin, k_end = piece_of(a, piece).k_end;
 #pragma unroll
@@ -264,7 +267,7 @@ __device__ void compute_wgmma(const Arguments& a, unsigned char* shared, Ring<S:
             };
             meet();  // nobody reads the ring any more: it takes the other sums, one piece after the other
             if (thread == 0) wait_for(p.count() - 1), *counter = 0;
-            if (p.rank() < 2) {
+            if (p.rank() < 2) {  // as planned: then the others' come in their order, for own + P0 is P0 + own
                 const auto* brought = reinterpret_cast<const float4*>(shared) + thread;
                 for (int r = 0, phase = 0; r < p.count(); ++r) {
                     if (r == p.rank()) continue;

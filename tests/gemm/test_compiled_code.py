@@ -73,7 +73,7 @@ def test_nothing_is_wrong_with_what_is_recorded(path: Path) -> None:
 # -- faults are seen ---------------------------------------------------------------------------------------------------------
 
 WGMMA = Code(
-    "int4_wgmma<WgmmaShape<64, 256, 1, false>, Bf16>",
+    "int4_wgmma<WgmmaShape<64, 256, 1, false>, Bf16, false>",
     "sm_90a",
     168,
     0,
