@@ -59,7 +59,8 @@ class Library:
 
     def __init__(self, folder: Path, hopper: bool, csrc: Path = emulated.CSRC, one: str = "") -> None:
         folder.mkdir(exist_ok=True)
-        flags = ["-pthread", f"-DQLAB_HOPPER={int(hopper)}", *([f"-DQLAB_ONE_VARIANT={1 + (one == 'wgmma')}"] if one else [])]
+        only = [f"-DQLAB_ONE_VARIANT={1 + (one == 'wgmma')}"] if one else []
+        flags = ["-O1", "-pthread", f"-DQLAB_HOPPER={int(hopper)}", *only]  # most of the time is the compiler's
         self.code = emulated.build(folder, csrc, *flags, source="emulate_int4.cpp")
         assert self.code.arguments_size() == ctypes.sizeof(Arguments)
         self.code.run_launch.restype = ctypes.c_char_p

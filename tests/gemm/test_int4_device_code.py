@@ -158,7 +158,7 @@ def test_a_planted_fault_is_seen(kernel, fault, tmp_path: Path) -> None:
         text = text.replace(right, wrong)
     file.write_text(text)
     library = Library(tmp_path / "faulty", True, csrc, one=kernel)
-    assert sum(differing(library, kernel, seed) for seed in range(4))
+    assert any(differing(library, kernel, seed) for seed in range(4))
 
 
 def pairs(texts: tuple[str, ...]) -> list[tuple[str, str]]:
