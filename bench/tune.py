@@ -260,12 +260,13 @@ def _one_count(counts: dict[int, list[Measured]]) -> int:
     if not common:
         raise QlabError("no number of slices was timed at every M; give more --seconds")
 
-    def prices(slices: int) -> list[float]:
-        return [
+    def price(slices: int) -> tuple[float, float]:
+        each = [
             min(o.first or 0 for o in some if o.slices == slices) / min(o.first or 0 for o in some) for some in counts.values()
         ]
+        return max(each), sum(each)
 
-    return min(common, key=lambda slices: (max(prices(slices)), sum(prices(slices))))
+    return min(common, key=price)
 
 
 def write(result: Result) -> Path:

@@ -6,15 +6,17 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import TypeVar
 
 from torch import Tensor
 
 from qlab.backends.registry import Packed, kernel
-from qlab.gemm.plan import MOST_CLUSTER
+from qlab.gemm.plan import MOST_CLUSTER, TOTAL_ROWS
 from qlab.hardware import Gpu
 from qlab.recipes import tuned
 from qlab.recipes.tuned import Choice, Value
 
+Tiles = TypeVar("Tiles")
 Run = Callable[[Tensor, Packed], Tensor]
 SLICES = (1, 2, 3, 4, 6, 8, 12, 16)
 TOTAL_SLICES = (2, 3, 4, 6, 8)
@@ -43,10 +45,14 @@ WGMMA = {
 }
 """Up to so many rows, and beyond: tile rows and columns."""
 TOTAL = {128: ((64, 256), (128, 128)), 256: ((128, 128), (176, 128))}
-"""The same of tiles that take all slices in turn; for fewer rows than TOTAL_ROWS they are not tried."""
-TOTAL_ROWS = 65
+"""The same of tiles that take all slices in turn, for more rows than TOTAL_ROWS."""
 PER_SM, MOST_FEW_ROWS, FEW_ROWS_SLICES = 4, 32, 5
 """Of mma.sync's kernel: thread blocks of an SM, rows of x for which it is tried, numbers of slices that are."""
+
+
+def up_to(table: Mapping[int, Tiles], m: int) -> Tiles:
+    """What a table by the most rows says of m, and its last entry beyond."""
+    return table[next((most for most in table if m <= most), max(table))]
 
 
 def candidates(name: str, m: int, k: int, n: int, gpu: Gpu) -> Iterator[Choice]:
@@ -56,7 +62,7 @@ def candidates(name: str, m: int, k: int, n: int, gpu: Gpu) -> Iterator[Choice]:
 
 def triton(m: int, k: int, n: int, gpu: Gpu) -> Iterator[Choice]:
     found = []
-    for block_m, block_n, warps, stages in TRITON[next((rows for rows in TRITON if m <= rows), max(TRITON))]:
+    for block_m, block_n, warps, stages in up_to(TRITON, m):
         config = {"block_m": block_m, "block_n": block_n, "warps": warps, "stages": stages}
         tiles = -(-m // block_m) * -(-n // block_n)
         found += [(place, Choice(slices, tuple(config.items()))) for place, slices in enumerate(counts(k, tiles, gpu))]
@@ -69,18 +75,18 @@ def cuda(name: str, m: int, k: int, n: int, gpu: Gpu) -> Iterator[Choice]:
         yield from _few_rows(name, m, k, n, gpu)
     if m < 8 or gpu.capability != (9, 0):
         return
-    for rows, width in next((tiles for most, tiles in WGMMA.items() if m <= most), WGMMA[max(WGMMA)]):
+    for rows, width in up_to(WGMMA, m):
         config: dict[str, Value] = {"kernel": "wgmma", "rows": rows, "columns": width}
         tiles = -(-m // rows) * -(-n // width)
         if name == "cuda.split" and tiles % gpu.sms:
-            for per_sm in (2, 1) if (rows <= 64, width) == (True, 128) else (1,):
+            for per_sm in (2, 1) if rows <= 64 and width == 128 else (1,):
                 yield Choice(1, (*config.items(), ("striped", per_sm)))
         for slices in counts(k, tiles, gpu):
             yield Choice(slices, tuple(config.items()))
             if 2 < slices <= 4 and m <= 128:
                 yield Choice(slices, (*config.items(), ("cluster", slices)))
-    if m >= TOTAL_ROWS:
-        for rows, width in next((tiles for most, tiles in TOTAL.items() if m <= most), TOTAL[max(TOTAL)]):
+    if m > TOTAL_ROWS:
+        for rows, width in up_to(TOTAL, m):
             for slices in (s for s in TOTAL_SLICES if k // s >= LEAST_ROWS):
                 yield Choice(slices, (("columns", width), ("kernel", "wgmma"), ("rows", rows), ("total", 1)))
 
@@ -103,7 +109,7 @@ def untried(name: str, m: int, k: int, n: int, slices: int = 0) -> Choice:
     found = slices or (1 if m >= 1024 else tuned.heuristic(m, k, n).slices)
     config: dict[str, Value] = {}
     if name == "triton.w4a16":
-        block_m, block_n, warps, stages = USUAL[next((rows for rows in USUAL if m <= rows), max(USUAL))]
+        block_m, block_n, warps, stages = up_to(USUAL, m)
         config = {"block_m": block_m, "block_n": block_n, "warps": warps, "stages": stages}
     elif m > 64 and slices > 1:  # in turn, by tiles that have room for a total
         config = {"kernel": "wgmma", "rows": 128 if m <= 256 else 176, "columns": 128, "total": 1}

@@ -75,6 +75,17 @@ void launch_int4(void (*kernel)(Parameters...), const char* name, int threads, i
     check(cudaLaunchKernelEx(&config, kernel, parameters...), name);
 }
 
+// What a source file compiles: each of Kernels says its row and starts itself.
+template <class... Kernels>
+struct Variants {
+    static auto rows() { return std::vector{Kernels::row()...}; }
+
+    static void run(int variant, const Int4& o, const Int4Launch& launch) {
+        int i = 0;
+        ((i++ == variant ? Kernels::start(o, launch) : void()), ...);
+    }
+};
+
 // Of one source file: kernel, tile rows, tile columns, chains, running total, thread blocks at once; and how one of them is launched.
 using Int4Row = std::tuple<std::string, int, int, int, bool, int>;
 std::vector<Int4Row> mma_variants();

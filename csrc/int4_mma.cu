@@ -46,16 +46,6 @@ struct Tile {
     }
 };
 
-template <class... Tiles>
-struct Variants {
-    static std::vector<Int4Row> rows() { return {Tiles::row()...}; }
-
-    static void run(int variant, const Int4& o, const Int4Launch& launch) {
-        int i = 0;
-        ((i++ == variant ? Tiles::start(o, launch) : void()), ...);
-    }
-};
-
 using All = Variants<Tile<8, 1>, Tile<8, 2>, Tile<8, 4>, Tile<16, 1>, Tile<16, 2>, Tile<16, 4>>;
 
 }  // namespace

@@ -70,6 +70,58 @@ __device__ void load_for_wgmma(const Arguments& a, const CUtensorMap* x_map, std
     }
 }
 
+// The sums that a thread keeps of a piece: one chain's, or a0 + a1, or a0 + (a1 + (a3 + a2)). `scratch` is this thread's place in the
+// shared memory through which the warpgroups hand chains to each other.
+template <class S>
+__device__ __forceinline__ void join_chains(const float (&acc)[S::kSets][S::kTiles][S::kRows / 2], float (&own)[S::kOwnTiles][S::kOwnGroups][4],
+                                            float4* scratch, int group) {
+    const auto mine = [&](int s, int t, int j) {
+        return make_float4(acc[s][t][4 * j], acc[s][t][4 * j + 1], acc[s][t][4 * j + 2], acc[s][t][4 * j + 3]);
+    };
+    const auto keep = [&](int t, int j, float4 v) { own[t][j][0] = v.x, own[t][j][1] = v.y, own[t][j][2] = v.z, own[t][j][3] = v.w; };
+    if constexpr (S::kChains == 1) {
+#pragma unroll
+        for (int t = 0; t < S::kTiles; ++t)
+#pragma unroll
+            for (int j = 0; j < S::kOwnGroups; ++j) keep(t, j, mine(0, t, j));
+    } else if constexpr (S::kChains == 2) {
+        // Each warpgroup hands the other its sums of half of the tiles.
+        const auto place = [&](int g, int t, int j) { return scratch + ((g * S::kOwnTiles + t) * S::kOwnGroups + j) * 128; };
+        meet_threads<S::kComputing>();
+#pragma unroll
+        for (int t = 0; t < S::kOwnTiles; ++t)
+#pragma unroll
+            for (int j = 0; j < S::kOwnGroups; ++j) *place(group ^ 1, t, j) = group ? mine(0, t, j) : mine(0, t + S::kOwnTiles, j);
+        meet_threads<S::kComputing>();
+#pragma unroll
+        for (int t = 0; t < S::kOwnTiles; ++t)
+#pragma unroll
+            for (int j = 0; j < S::kOwnGroups; ++j)
+                keep(t, j, (group ? mine(0, t + S::kOwnTiles, j) : mine(0, t, j)) + *place(group, t, j));
+    } else {
+        // Chains 0 and 2 are the first warpgroup's, 1 and 3 the second's; each finishes half of the rows.
+        const auto place = [&](int g, int s, int t, int j) { return scratch + (((g * 2 + s) * S::kTiles + t) * S::kOwnGroups + j) * 128; };
+        meet_threads<S::kComputing>();
+#pragma unroll
+        for (int s = 0; s < 2; ++s)
+#pragma unroll
+            for (int t = 0; t < S::kTiles; ++t)
+#pragma unroll
+                for (int j = 0; j < S::kOwnGroups; ++j)
+                    *place(group ^ 1, s, t, j) = group ? mine(s, t, j) : mine(s, t, j + S::kOwnGroups);
+        meet_threads<S::kComputing>();
+#pragma unroll
+        for (int t = 0; t < S::kTiles; ++t)
+#pragma unroll
+            for (int j = 0; j < S::kOwnGroups; ++j) {
+                const float4 here0 = group ? mine(0, t, j + S::kOwnGroups) : mine(0, t, j);
+                const float4 here1 = group ? mine(1, t, j + S::kOwnGroups) : mine(1, t, j);
+                const float4 there0 = *place(group, 0, t, j), there1 = *place(group, 1, t, j);
+                keep(t, j, group ? there0 + (here0 + (here1 + there1)) : here0 + (there0 + (there1 + here1)));
+            }
+    }
+}
+
 // kFine: whether a block has more than one row of scales.
 template <class S, class T, bool kFine>
 __device__ void compute_wgmma(const Arguments& a, unsigned char* shared, Ring<S::kStages> ring, int* arrived) {
@@ -207,52 +259,7 @@ __device__ void compute_wgmma(const Arguments& a, unsigned char* shared, Ring<S:
         pin(piece);  // what else there is to know of it is read behind the loop, which needs all registers
         const Piece p = piece_of(a, piece);
         float own[S::kOwnTiles][S::kOwnGroups][4];
-        const auto mine = [&](int s, int t, int j) {
-            return make_float4(acc[s][t][4 * j], acc[s][t][4 * j + 1], acc[s][t][4 * j + 2], acc[s][t][4 * j + 3]);
-        };
-        const auto keep = [&](int t, int j, float4 v) { own[t][j][0] = v.x, own[t][j][1] = v.y, own[t][j][2] = v.z, own[t][j][3] = v.w; };
-        auto* scratch = reinterpret_cast<float4*>(shared + S::kStages * (S::kXBytes + S::kBlocks * block_bytes)) + thread % 128;
-        if constexpr (kChains == 1) {
-#pragma unroll
-            for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-                for (int j = 0; j < kRows / 8; ++j) keep(t, j, mine(0, t, j));
-        } else if constexpr (kChains == 2) {
-            // Each warpgroup hands the other its sums of half of the tiles.
-            const auto place = [&](int g, int t, int j) { return scratch + ((g * S::kOwnTiles + t) * (kRows / 8) + j) * 128; };
-            meet();
-#pragma unroll
-            for (int t = 0; t < S::kOwnTiles; ++t)
-#pragma unroll
-                for (int j = 0; j < kRows / 8; ++j) *place(group ^ 1, t, j) = group ? mine(0, t, j) : mine(0, t + S::kOwnTiles, j);
-            meet();
-#pragma unroll
-            for (int t = 0; t < S::kOwnTiles; ++t)
-#pragma unroll
-                for (int j = 0; j < kRows / 8; ++j)
-                    keep(t, j, (group ? mine(0, t + S::kOwnTiles, j) : mine(0, t, j)) + *place(group, t, j));
-        } else {
-            // Chains 0 and 2 are the first warpgroup's, 1 and 3 the second's; each finishes half of the rows.
-            const auto place = [&](int g, int s, int t, int j) { return scratch + (((g * 2 + s) * kTiles + t) * S::kOwnGroups + j) * 128; };
-            meet();
-#pragma unroll
-            for (int s = 0; s < 2; ++s)
-#pragma unroll
-                for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-                    for (int j = 0; j < S::kOwnGroups; ++j)
-                        *place(group ^ 1, s, t, j) = group ? mine(s, t, j) : mine(s, t, j + S::kOwnGroups);
-            meet();
-#pragma unroll
-            for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-                for (int j = 0; j < S::kOwnGroups; ++j) {
-                    const float4 here0 = group ? mine(0, t, j + S::kOwnGroups) : mine(0, t, j);
-                    const float4 here1 = group ? mine(1, t, j + S::kOwnGroups) : mine(1, t, j);
-                    const float4 there0 = *place(group, 0, t, j), there1 = *place(group, 1, t, j);
-                    keep(t, j, group ? there0 + (here0 + (here1 + there1)) : here0 + (there0 + (there1 + here1)));
-                }
-        }
+        join_chains<S>(acc, own, reinterpret_cast<float4*>(shared + S::kStages * (S::kXBytes + S::kBlocks * block_bytes)) + thread % 128, group);
 
         int* const counter = a.counters + p.tile;
         const auto wait_for = [&](int count) {

@@ -44,65 +44,24 @@ __device__ __forceinline__ void pin(float4*& a) { asm volatile("" : "+l"(a)::"me
     ", %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123" \
     ", %124, %125, %126, %127"
 
-template <class T>
-__device__ __forceinline__ void wgmma(float (&d)[8], const std::uint32_t (&a)[4], std::uint32_t b) {
-    if constexpr (T::kIsBf16)
-        asm volatile(QLAB_WGMMA("16", "bf16", QLAB_R8, "%8, %9, %10, %11", "%12, %13")
-                     : QLAB_D8(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh));
-    else
-        asm volatile(QLAB_WGMMA("16", "f16", QLAB_R8, "%8, %9, %10, %11", "%12, %13")
-                     : QLAB_D8(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh));
-}
+// For N rows of x: the registers of d in the text, those of a and b behind them, and d as operands.
+#define QLAB_DEFINE_WGMMA(N, D, A, B, ...)                                                                                   \
+    template <class T>                                                                                                       \
+    __device__ __forceinline__ void wgmma(float (&d)[N / 2], const std::uint32_t (&a)[4], std::uint32_t b) {                 \
+        if constexpr (T::kIsBf16)                                                                                            \
+            asm volatile(QLAB_WGMMA(#N, "bf16", D, A, B)                                                                     \
+                         : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh));          \
+        else                                                                                                                 \
+            asm volatile(QLAB_WGMMA(#N, "f16", D, A, B)                                                                      \
+                         : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh));          \
+    }
 
-template <class T>
-__device__ __forceinline__ void wgmma(float (&d)[16], const std::uint32_t (&a)[4], std::uint32_t b) {
-    if constexpr (T::kIsBf16)
-        asm volatile(QLAB_WGMMA("32", "bf16", QLAB_R16, "%16, %17, %18, %19", "%20, %21")
-                     : QLAB_D16(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh));
-    else
-        asm volatile(QLAB_WGMMA("32", "f16", QLAB_R16, "%16, %17, %18, %19", "%20, %21")
-                     : QLAB_D16(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh));
-}
-
-template <class T>
-__device__ __forceinline__ void wgmma(float (&d)[32], const std::uint32_t (&a)[4], std::uint32_t b) {
-    if constexpr (T::kIsBf16)
-        asm volatile(QLAB_WGMMA("64", "bf16", QLAB_R32, "%32, %33, %34, %35", "%36, %37")
-                     : QLAB_D32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh));
-    else
-        asm volatile(QLAB_WGMMA("64", "f16", QLAB_R32, "%32, %33, %34, %35", "%36, %37")
-                     : QLAB_D32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh));
-}
-
-template <class T>
-__device__ __forceinline__ void wgmma(float (&d)[64], const std::uint32_t (&a)[4], std::uint32_t b) {
-    if constexpr (T::kIsBf16)
-        asm volatile(QLAB_WGMMA("128", "bf16", QLAB_R64, "%64, %65, %66, %67", "%68, %69")
-                     : QLAB_D32(0), QLAB_D32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh));
-    else
-        asm volatile(QLAB_WGMMA("128", "f16", QLAB_R64, "%64, %65, %66, %67", "%68, %69")
-                     : QLAB_D32(0), QLAB_D32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh));
-}
-
-template <class T>
-__device__ __forceinline__ void wgmma(float (&d)[88], const std::uint32_t (&a)[4], std::uint32_t b) {
-    if constexpr (T::kIsBf16)
-        asm volatile(QLAB_WGMMA("176", "bf16", QLAB_R88, "%88, %89, %90, %91", "%92, %93")
-                     : QLAB_D32(0), QLAB_D32(32), QLAB_D16(64), QLAB_D8(80) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh));
-    else
-        asm volatile(QLAB_WGMMA("176", "f16", QLAB_R88, "%88, %89, %90, %91", "%92, %93")
-                     : QLAB_D32(0), QLAB_D32(32), QLAB_D16(64), QLAB_D8(80) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh));
-}
-
-template <class T>
-__device__ __forceinline__ void wgmma(float (&d)[128], const std::uint32_t (&a)[4], std::uint32_t b) {
-    if constexpr (T::kIsBf16)
-        asm volatile(QLAB_WGMMA("256", "bf16", QLAB_R128, "%128, %129, %130, %131", "%132, %133")
-                     : QLAB_D32(0), QLAB_D32(32), QLAB_D32(64), QLAB_D32(96) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh));
-    else
-        asm volatile(QLAB_WGMMA("256", "f16", QLAB_R128, "%128, %129, %130, %131", "%132, %133")
-                     : QLAB_D32(0), QLAB_D32(32), QLAB_D32(64), QLAB_D32(96) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh));
-}
+QLAB_DEFINE_WGMMA(16, QLAB_R8, "%8, %9, %10, %11", "%12, %13", QLAB_D8(0))
+QLAB_DEFINE_WGMMA(32, QLAB_R16, "%16, %17, %18, %19", "%20, %21", QLAB_D16(0))
+QLAB_DEFINE_WGMMA(64, QLAB_R32, "%32, %33, %34, %35", "%36, %37", QLAB_D32(0))
+QLAB_DEFINE_WGMMA(128, QLAB_R64, "%64, %65, %66, %67", "%68, %69", QLAB_D32(0), QLAB_D32(32))
+QLAB_DEFINE_WGMMA(176, QLAB_R88, "%88, %89, %90, %91", "%92, %93", QLAB_D32(0), QLAB_D32(32), QLAB_D16(64), QLAB_D8(80))
+QLAB_DEFINE_WGMMA(256, QLAB_R128, "%128, %129, %130, %131", "%132, %133", QLAB_D32(0), QLAB_D32(32), QLAB_D32(64), QLAB_D32(96))
 
 #undef QLAB_D4
 #undef QLAB_D8
@@ -115,5 +74,6 @@ __device__ __forceinline__ void wgmma(float (&d)[128], const std::uint32_t (&a)[
 #undef QLAB_R88
 #undef QLAB_R128
 #undef QLAB_WGMMA
+#undef QLAB_DEFINE_WGMMA
 
 }  // namespace qlab::int4

@@ -259,24 +259,20 @@ def _arrays(
         rank = len(t.pieces) - 1 - i if descending else i
         rows.append((*t[:3], *t.pieces[i], number[t[:3]], first.get(t[:3], 0), rank << 16 | len(t.pieces)))
     starts = np.cumsum([0, *map(len, dealt_out)]).astype(np.int32)
-    join = _join(v, dealt_out, descending, sms) if joined else Join.LAST
+    join = _join(v, dealt_out, alone, descending, sms) if joined else Join.LAST
     pieces = np.array(rows, np.int32)
     closed = _slice_rows(v, pieces) if alone else 0
     return Launch(v, pieces, starts, len(joined), sum(joined.values()), cut_rows, cluster, join, closed)
 
 
-def _join(v: Variant, dealt_out: Sequence[Sequence[Work]], descending: bool, sms: int) -> Join:
+def _join(v: Variant, dealt_out: Sequence[Sequence[Work]], alone: bool, descending: bool, sms: int) -> Join:
+    """Who joins; ``alone``: whether every thread block has one piece. The first rows of K must have rank 0 or 1 to be kept."""
     if v.kernel != "wgmma":
         return Join.LAST
-    if all(len(block) == 1 for block in dealt_out):
+    if alone:
         return Join.SHARED
-    first = [
-        (len(t.pieces) - 1 if descending else 0, i + 1 == len(block))
-        for block in dealt_out
-        for i, (t, p) in enumerate(block)
-        if p == 0 < len(t.pieces) - 1
-    ]
-    can = len(dealt_out) <= sms * v.per_sm and all(rank < 2 and is_last for rank, is_last in first)
+    heads = [(t, n + 1 == len(block)) for block in dealt_out for n, (t, i) in enumerate(block) if i == 0 and len(t.pieces) > 1]
+    can = len(dealt_out) <= sms * v.per_sm and all(last and (not descending or len(t.pieces) == 2) for t, last in heads)
     return Join.FIRST if can else Join.LAST
 
 
